@@ -1,0 +1,118 @@
+#include "dispatch.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "instances.h"
+
+namespace nsa_sel {
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634;
+constexpr int kElementBytes = 2;
+
+int trailing_zeros(uint64_t x) { return x == 0 ? 64 : __builtin_ctzll(x); }
+
+// Row offsets are 32-bit counts of units. 16 bytes a unit reach 64 GiB; a pool that interleaves many layers may be
+// wider, but then its strides have more factors of two, and so may the unit.
+int choose_unit_shift(const DecodeRequest& r) {
+  int shift = 12;
+  for (const int64_t* strides : {r.k_strides, r.v_strides}) {
+    shift = std::min(shift, trailing_zeros(uint64_t(strides[2]) * kElementBytes));
+    if (r.page_size > 0) shift = std::min(shift, trailing_zeros(uint64_t(strides[0]) * kElementBytes));
+  }
+  return shift;
+}
+
+uint32_t units(int64_t elements, int shift) { return uint32_t(uint64_t(elements) * kElementBytes >> shift); }
+
+void check_reach(const DecodeRequest& r, const int64_t* strides, int shift, const char* name) {
+  const int64_t tokens = r.page_size > 0 ? r.page_size : r.S_kv;
+  int64_t reach = std::max<int64_t>(tokens - 1, 0) * strides[2];
+  if (r.page_size > 0) reach += std::max<int64_t>(r.num_pages - 1, 0) * strides[0];
+  if (uint64_t(reach) * kElementBytes >> shift >= 0xffffffffull) {
+    throw std::invalid_argument(std::string(name) + ": expected rows within 2^32 units of " +
+                                std::to_string(1ll << shift) + " bytes, got a span of " + std::to_string(reach) +
+                                " elements");
+  }
+}
+
+int checked_int32(int64_t value, const char* name) {
+  if (value < 0 || value > INT32_MAX) {
+    throw std::invalid_argument(std::string(name) + ": expected 0 <= " + name + " < 2^31, got " +
+                                std::to_string(value));
+  }
+  return int(value);
+}
+
+}  // namespace
+
+void DecodeLaunch::set_workspace(float* workspace) {
+  const int64_t parts = int64_t(plan.split_rows) * plan.num_splits * decode.h;
+  decode.partial_o = workspace;
+  decode.partial_ml = workspace + (plan.workspace_floats - 2 * parts);
+  combine.partial_o = decode.partial_o;
+  combine.partial_ml = decode.partial_ml;
+}
+
+DecodeLaunch prepare_decode(const DecodeRequest& r, const DeviceLimits& device) {
+  DecodeLaunch launch{};
+  launch.instance = find_instance(Dtype(r.dtype), int(r.Dk), int(r.Dv), int(std::min<int64_t>(r.h, 1 << 20)));
+  if (launch.instance < 0) {
+    throw std::invalid_argument("q: expected dims and heads of a compiled instance, got Dk=" + std::to_string(r.Dk) +
+                                ", Dv=" + std::to_string(r.Dv) + ", h=" + std::to_string(r.h));
+  }
+  const InstanceKey& key = kInstances[launch.instance];
+  const TileShape tile = tile_shape(key.Dk, key.Dv, key.head_tile);
+
+  DecodeParams& p = launch.decode;
+  p.q = r.q, p.k = r.k, p.v = r.v, p.selection = r.selection;
+  p.seq_lens = r.seq_lens, p.block_table = r.block_table;
+  p.out = r.out, p.lse = r.lse;
+  p.q_stride_b = r.q_strides[0], p.q_stride_s = r.q_strides[1], p.q_stride_g = r.q_strides[2],
+  p.q_stride_h = r.q_strides[3];
+  p.out_stride_b = r.out_strides[0], p.out_stride_s = r.out_strides[1];
+  p.out_stride_g = r.out_strides[2], p.out_stride_h = r.out_strides[3];
+  p.k_stride_b = r.k_strides[0], p.k_stride_g = r.k_strides[1];
+  p.v_stride_b = r.v_strides[0], p.v_stride_g = r.v_strides[1];
+  p.sel_stride_b = r.sel_strides[0], p.sel_stride_s = r.sel_strides[1];
+  p.sel_stride_g = r.sel_strides[2], p.sel_stride_n = r.sel_strides[3];
+  p.seq_lens_stride = r.seq_lens_stride, p.table_stride_b = r.table_stride;
+
+  p.unit_shift = choose_unit_shift(r);
+  if (p.unit_shift < 4) throw std::invalid_argument("k, v: expected strides that are multiples of 16 bytes");
+  check_reach(r, r.k_strides, p.unit_shift, "k");
+  check_reach(r, r.v_strides, p.unit_shift, "v");
+  p.k_unit_token = units(r.k_strides[2], p.unit_shift), p.v_unit_token = units(r.v_strides[2], p.unit_shift);
+  p.k_unit_page = r.page_size > 0 ? units(r.k_strides[0], p.unit_shift) : 0;
+  p.v_unit_page = r.page_size > 0 ? units(r.v_strides[0], p.unit_shift) : 0;
+
+  p.S = checked_int32(r.S, "S"), p.G = checked_int32(r.G, "G"), p.h = int(r.h), p.n = checked_int32(r.n, "n");
+  p.S_kv = checked_int32(r.S_kv, "S_kv");
+  p.page_size = checked_int32(r.page_size, "page_size"), p.num_pages = checked_int32(r.num_pages, "num_pages");
+  p.block_size = r.block_size;
+  p.index_is_64 = int(r.index_is_64), p.causal = int(r.causal);
+  p.scale_log2 = float(r.scale * kLog2E);
+
+  const PlanRequest request{r.B * r.S * r.G,        int(r.h),         r.max_selected, r.S_kv,
+                            r.batch_invariant != 0, int(r.num_splits)};
+  launch.plan = plan_decode(tile, request, device);
+  const DecodePlan& plan = launch.plan;
+  p.rows = plan.full_rows + plan.split_rows, p.full_rows = plan.full_rows;
+  p.num_splits = plan.num_splits, p.num_items = plan.full_rows + plan.split_rows * plan.num_splits;
+  p.min_split_tokens = plan.min_split_tokens;
+  p.cluster = plan.cluster ? 1 : 0;
+  p.smem = plan.smem;
+
+  CombineParams& c = launch.combine;
+  c.out = r.out, c.lse = r.lse;
+  c.out_stride_b = p.out_stride_b, c.out_stride_s = p.out_stride_s;
+  c.out_stride_g = p.out_stride_g, c.out_stride_h = p.out_stride_h;
+  c.S = p.S, c.G = p.G, c.h = p.h, c.Dv = int(r.Dv);
+  c.first_row = plan.full_rows, c.split_rows = plan.split_rows, c.num_splits = plan.num_splits;
+  launch.programmatic = device.capability >= 90;
+  return launch;
+}
+
+}  // namespace nsa_sel

@@ -1,0 +1,35 @@
+// instances.h - the one table of compiled kernels: router, launcher, build_info() and the README's matrix all read it.
+#pragma once
+#include <cstddef>
+
+#include "params.h"
+#include "tile_shape.h"
+
+namespace nsa_sel {
+
+// X(dtype, Dk, Dv): every line is compiled for the three head tiles 16, 32 and 64.
+#define NSA_SEL_FOR_EACH_DIMS(X, dtype) \
+  X(dtype, 64, 64) X(dtype, 64, 128) X(dtype, 128, 64) X(dtype, 128, 128) X(dtype, 192, 128)
+
+struct InstanceKey {
+  Dtype dtype;
+  int Dk, Dv, head_tile;
+};
+
+inline constexpr InstanceKey kInstances[] = {
+#define NSA_SEL_KEYS(dtype, Dk, Dv) {Dtype::dtype, Dk, Dv, 16}, {Dtype::dtype, Dk, Dv, 32}, {Dtype::dtype, Dk, Dv, 64},
+    NSA_SEL_FOR_EACH_DIMS(NSA_SEL_KEYS, kFloat16) NSA_SEL_FOR_EACH_DIMS(NSA_SEL_KEYS, kBfloat16)
+#undef NSA_SEL_KEYS
+};
+inline constexpr int kNumInstances = int(sizeof(kInstances) / sizeof(kInstances[0]));
+
+// The index in kInstances of the smallest head tile that holds h heads, or -1.
+constexpr int find_instance(Dtype dtype, int Dk, int Dv, int h) {
+  for (int i = 0; i < kNumInstances; ++i) {
+    const InstanceKey& key = kInstances[i];
+    if (key.dtype == dtype && key.Dk == Dk && key.Dv == Dv && h >= 1 && h <= key.head_tile) return i;
+  }
+  return -1;
+}
+
+}  // namespace nsa_sel

@@ -1,0 +1,88 @@
+// tile_shape.h - the compile-time numbers of a kernel instance and the shared memory they imply.
+//
+// One constexpr source for the device traits, the planner, the table of facts and the tests.
+#pragma once
+#include <cstdint>
+
+#include "params.h"
+
+#if defined(__CUDACC__)
+#define NSA_SEL_HOST_DEVICE __host__ __device__
+#else
+#define NSA_SEL_HOST_DEVICE
+#endif
+
+namespace nsa_sel {
+
+constexpr int kConsumerWarps = 4;
+constexpr int kLoaderWarps = 1;
+constexpr int kDecodeThreads = 32 * (kConsumerWarps + kLoaderWarps + 1);  // + the mapper warp
+constexpr int kMapSlots = 3;  // segments whose row map exists at once: consumed, loading, being built
+constexpr int kMaxSlots = 8;  // of the ring
+constexpr int kSegmentHeaderBytes = 32;
+
+struct TileShape {
+  int Dk, Dv;
+  int head_tile;      // most heads that the instance takes
+  int head_warps;     // consumer warps that split the heads ...
+  int token_warps;    // ... and the tokens (pass 1) or the columns of V (pass 2)
+  int units;          // units of 8 heads a warp holds
+  int slot_bytes;     // one ring slot
+  int rows_k;         // K rows in a slot
+  int rows_v;         // V rows in a slot
+  int segment;        // tokens whose logits are in registers at once: a multiple of rows_k and rows_v
+  int blocks_per_sm;  // what the registers allow (the launch bound)
+};
+
+constexpr int gcd(int a, int b) { return b == 0 ? a : gcd(b, a % b); }
+
+// 16 heads: four warps split the tokens of a 64-row tile and each holds all heads. 32 and 64 heads: two warps split the
+// tokens of a 32-row tile and two the heads, which halves a thread's share of O and logits per tile, the slot (so that
+// two fit beside Q and P in 99 KB) and the number of times Q is read from shared memory.
+constexpr TileShape tile_shape(int Dk, int Dv, int head_tile) {
+  TileShape t{};
+  t.Dk = Dk;
+  t.Dv = Dv;
+  t.head_tile = head_tile;
+  t.head_warps = head_tile > 16 ? 2 : 1;
+  t.token_warps = kConsumerWarps / t.head_warps;
+  t.units = head_tile / 8 / t.head_warps;
+  const int base_rows = 16 * t.token_warps;
+  t.slot_bytes = base_rows * (Dk > Dv ? Dk : Dv) * 2;
+  t.rows_k = t.slot_bytes / (2 * Dk);
+  t.rows_v = t.slot_bytes / (2 * Dv);
+  const int step = t.rows_k / gcd(t.rows_k, t.rows_v) * t.rows_v;
+  const int wanted = 4096 / head_tile;  // 32 registers of logits a thread
+  t.segment = wanted / step > 0 ? wanted / step * step : step;
+  t.blocks_per_sm = head_tile > 32 ? 1 : 2;
+  return t;
+}
+
+// A cluster's partial O in shared memory: four floats of padding a head put the four heads that a warp's store meets
+// into different banks.
+constexpr int cluster_head_stride(int Dv) { return Dv + 4; }
+
+constexpr NSA_SEL_HOST_DEVICE int units_of(int h) { return (h + 7) / 8; }
+constexpr uint32_t align_up(uint32_t x, uint32_t a) { return (x + a - 1) / a * a; }
+constexpr NSA_SEL_HOST_DEVICE int num_barriers(int num_slots) { return 2 * num_slots + 2 * kMapSlots + 2; }
+
+// At NSA's shape (192/128, h = 16) with 3 slots: ring 3 * 24,576 + Q 6,144 + P 6,144 + max and sum 512 + map 4,608
+// + headers 96 + barriers 112 = 91,344 bytes.
+constexpr SmemLayout smem_layout(const TileShape& t, int h, int num_slots) {
+  SmemLayout s{};
+  const uint32_t heads = 8u * uint32_t(units_of(h));
+  uint32_t at = 0;
+  s.num_slots = num_slots;
+  s.slots = at, at += uint32_t(num_slots * t.slot_bytes);
+  s.q = at, at += heads * uint32_t(t.Dk) * 2;
+  s.p = at, at += heads * uint32_t(t.segment) * 2;
+  s.row_max = at, at += uint32_t(t.token_warps) * heads * 4;
+  s.row_sum = at, at += uint32_t(t.token_warps) * heads * 4;
+  s.map = at, at += uint32_t(kMapSlots * 2 * t.segment * 4);
+  s.segments = at, at += uint32_t(kMapSlots * kSegmentHeaderBytes);
+  s.barriers = at, at += uint32_t(num_barriers(num_slots) * 8);
+  s.total = align_up(at, 128);
+  return s;
+}
+
+}  // namespace nsa_sel

@@ -1,0 +1,80 @@
+// decode_kernel.cuh - selection attention at decode: persistent blocks, three roles, one pipeline.
+//
+//   mapper   (1 warp)   selection -> row maps and Q, one segment or item ahead
+//   loaders  (1 warp)   row maps -> K and V tiles into the ring, as far ahead as it has slots
+//   consumers(4 warps)  K tiles -> logits -> max -> P; V tiles -> O; one write per item
+//
+// They meet only at mbarriers: map full/empty, slot full/empty, Q full/empty. Nobody waits for a role that waits for
+// it: maps depend on nothing but free map slots, tiles on maps and free slots, and consumers free both in order.
+#pragma once
+#include "consumer.cuh"
+#include "loader.cuh"
+#include "mapper.cuh"
+#include "merge.cuh"
+
+namespace nsa_sel {
+
+template <class Traits>
+__device__ __forceinline__ void init_barriers(const DecodeParams& p, const SharedViews<Traits>& smem) {
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < p.smem.num_slots; ++i) {
+      dev::mbarrier_init(smem.slot_full + i, 32 * kLoaderWarps);  // every loading lane arrives when its copies land
+      dev::mbarrier_init(smem.slot_empty + i, kConsumerWarps);
+    }
+    for (int i = 0; i < kMapSlots; ++i) {
+      dev::mbarrier_init(smem.map_full + i, 1);
+      dev::mbarrier_init(smem.map_empty + i, kLoaderWarps + kConsumerWarps);
+    }
+    dev::mbarrier_init(smem.q_full, 32);
+    dev::mbarrier_init(smem.q_empty, kConsumerWarps);
+  }
+  __syncthreads();
+}
+
+// The blocks of a cluster hold the splits of one row, one each and nothing else: every block merges its share of the
+// columns from everybody's shared memory. All threads of the block take part.
+template <class Traits>
+__device__ __forceinline__ void cluster_combine(const DecodeParams& p, const SharedViews<Traits>& smem) {
+  dev::cluster_arrive();
+  dev::cluster_wait();  // every partial is written
+  const ClusterPartial<Traits> own(smem, p.h);
+  const int quads = p.h * Traits::kDv / 4;
+  const int share = (quads + p.num_splits - 1) / p.num_splits;
+  const int first = share * int(dev::cluster_rank());
+  const int row = work_item(p, int(blockIdx.x)).row;
+  for (int quad = first + int(threadIdx.x); quad < min(first + share, quads); quad += Traits::kThreads) {
+    const int head = quad / (Traits::kDv / 4), d = quad % (Traits::kDv / 4) * 4;
+    merge_quad<typename Traits::T>(
+        p, p.num_splits, row, head, d,
+        [&](int split) {
+          return dev::load(reinterpret_cast<const float2*>(dev::cluster_map(own.ml + head * 2, split)));
+        },
+        [&](int split) {
+          return dev::load(
+              reinterpret_cast<const float4*>(dev::cluster_map(own.o + head * own.kHeadStride + d, split)));
+        });
+  }
+  dev::cluster_arrive();
+  dev::cluster_wait();  // nobody leaves while its shared memory is read
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
+    decode_kernel(const __grid_constant__ DecodeParams p) {
+  NSA_SEL_DYNAMIC_SMEM(raw_smem);
+  const SharedViews<Traits> smem(raw_smem, p);
+  init_barriers(p, smem);
+  dev::grid_launch_dependents();  // the combine kernel may be set up while we run; it waits before it reads
+
+  const int warp = int(threadIdx.x) >> 5;
+  if (warp < kConsumerWarps) {
+    consumer::Consumer<Traits>(p, smem, warp).run();
+  } else if (warp < kConsumerWarps + kLoaderWarps) {
+    loader::run<Traits>(p, smem, warp - kConsumerWarps);
+  } else {
+    mapper::run<Traits>(p, smem);
+  }
+  if (p.cluster) cluster_combine(p, smem);
+}
+
+}  // namespace nsa_sel

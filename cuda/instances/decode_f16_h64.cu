@@ -1,0 +1,9 @@
+#include "../launch.cuh"
+
+namespace nsa_sel {
+NSA_SEL_INSTANTIATE_DECODE(kFloat16, 64, 64, 64)
+NSA_SEL_INSTANTIATE_DECODE(kFloat16, 64, 128, 64)
+NSA_SEL_INSTANTIATE_DECODE(kFloat16, 128, 64, 64)
+NSA_SEL_INSTANTIATE_DECODE(kFloat16, 128, 128, 64)
+NSA_SEL_INSTANTIATE_DECODE(kFloat16, 192, 128, 64)
+}  // namespace nsa_sel

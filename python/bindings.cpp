@@ -1,0 +1,152 @@
+// bindings.cpp - the Python module nsa_sel._core: names, keyword arguments, GIL. What it binds lives in cpp/ and cuda/.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <string>
+
+#include "dispatch.h"
+#include "instances.h"
+
+#if NSA_SEL_HAS_KERNELS
+#include "device.h"
+#include "launch.h"
+#endif
+
+namespace py = pybind11;
+using nsa_sel::DecodeLaunch;
+using nsa_sel::DecodeRequest;
+using nsa_sel::DeviceLimits;
+
+namespace {
+
+std::string dtype_name(nsa_sel::Dtype dtype) { return dtype == nsa_sel::Dtype::kFloat16 ? "float16" : "bfloat16"; }
+
+py::list instance_list() {
+  py::list instances;
+  for (const nsa_sel::InstanceKey& key : nsa_sel::kInstances) {
+    py::dict entry;
+    entry["name"] = dtype_name(key.dtype) + "_" + std::to_string(key.Dk) + "x" + std::to_string(key.Dv) + "_h" +
+                    std::to_string(key.head_tile);
+    entry["dtype"] = dtype_name(key.dtype);
+    entry["Dk"] = key.Dk;
+    entry["Dv"] = key.Dv;
+    entry["head_tile"] = key.head_tile;
+    instances.append(entry);
+  }
+  return instances;
+}
+
+py::dict build_info() {
+  py::dict info;
+#if NSA_SEL_HAS_KERNELS
+  info["kernels"] = true;
+  info["reason"] = py::none();
+  info["cuda_version"] = NSA_SEL_CUDA_VERSION;
+  info["architectures"] = py::str(NSA_SEL_ARCHITECTURES).attr("split")(";");
+  info["instances"] = instance_list();
+#else
+  info["kernels"] = false;
+  info["reason"] = NSA_SEL_NO_KERNELS_REASON;
+  info["cuda_version"] = py::none();
+  info["architectures"] = py::list();
+  info["instances"] = py::list();
+#endif
+  info["version"] = NSA_SEL_VERSION;
+  return info;
+}
+
+template <class T>
+T* pointer(std::uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+py::dict plan_dict(const nsa_sel::DecodePlan& plan) {
+  py::dict d;
+  d["grid"] = plan.grid;
+  d["blocks_per_sm"] = plan.blocks_per_sm;
+  d["num_slots"] = plan.smem.num_slots;
+  d["smem_bytes"] = plan.smem.total;
+  d["full_rows"] = plan.full_rows;
+  d["split_rows"] = plan.split_rows;
+  d["num_splits"] = plan.num_splits;
+  d["cluster"] = plan.cluster;
+  d["workspace_bytes"] = plan.workspace_floats * 4;
+  return d;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "Compiled part of nsa_sel: launch planning and, where built with them, the CUDA kernels.";
+  m.def("build_info", &build_info, "What this build holds: kernels, architectures, instances, CUDA version.");
+
+  py::class_<DeviceLimits>(m, "DeviceLimits", "What planning needs to know of a GPU.")
+      .def(py::init([](int sm_count, int capability, int smem_per_block, int smem_per_sm) {
+             return DeviceLimits{sm_count, capability, smem_per_block, smem_per_sm};
+           }),
+           py::kw_only(), py::arg("sm_count"), py::arg("capability"), py::arg("smem_per_block"), py::arg("smem_per_sm"))
+      .def_readonly("sm_count", &DeviceLimits::sm_count)
+      .def_readonly("capability", &DeviceLimits::capability)
+      .def_readonly("smem_per_block", &DeviceLimits::smem_per_block)
+      .def_readonly("smem_per_sm", &DeviceLimits::smem_per_sm);
+
+  py::class_<DecodeLaunch>(m, "DecodeLaunch", "One planned launch; run() puts it on a stream.")
+      .def(py::init([](const DeviceLimits& device, int dtype, std::array<int64_t, 8> shape,
+                       std::array<std::uintptr_t, 8> pointers, std::array<int64_t, 4> q_strides,
+                       std::array<int64_t, 3> k_strides, std::array<int64_t, 3> v_strides,
+                       std::array<int64_t, 4> out_strides, std::array<int64_t, 4> sel_strides,
+                       std::array<int64_t, 2> list_strides, std::array<int64_t, 2> pages, int64_t block_size,
+                       bool index_is_64, bool causal, double scale, int64_t max_selected, bool batch_invariant,
+                       int64_t num_splits) {
+             DecodeRequest r{};
+             r.q = pointer<void>(pointers[0]), r.k = pointer<void>(pointers[1]), r.v = pointer<void>(pointers[2]);
+             r.selection = pointer<void>(pointers[3]);
+             r.seq_lens = pointer<int32_t>(pointers[4]), r.block_table = pointer<int32_t>(pointers[5]);
+             r.out = pointer<void>(pointers[6]), r.lse = pointer<float>(pointers[7]);
+             r.dtype = dtype;
+             r.B = shape[0], r.S = shape[1], r.G = shape[2], r.h = shape[3];
+             r.Dk = shape[4], r.Dv = shape[5], r.S_kv = shape[6], r.n = shape[7];
+             std::copy(q_strides.begin(), q_strides.end(), r.q_strides);
+             std::copy(k_strides.begin(), k_strides.end(), r.k_strides);
+             std::copy(v_strides.begin(), v_strides.end(), r.v_strides);
+             std::copy(out_strides.begin(), out_strides.end(), r.out_strides);
+             std::copy(sel_strides.begin(), sel_strides.end(), r.sel_strides);
+             r.seq_lens_stride = list_strides[0], r.table_stride = list_strides[1];
+             r.page_size = pages[0], r.num_pages = pages[1];
+             r.block_size = block_size, r.index_is_64 = index_is_64, r.causal = causal, r.scale = scale;
+             r.max_selected = max_selected, r.batch_invariant = batch_invariant, r.num_splits = num_splits;
+             return nsa_sel::prepare_decode(r, device);
+           }),
+           "Plans a call. pointers: q, k, v, selection, seq_lens or 0, block_table or 0, out, lse or 0; shape: B, S, "
+           "G, h,\n"
+           "Dk, Dv, S_kv, n; strides in elements. Raises ValueError where no instance or layout fits.",
+           py::kw_only(), py::arg("device"), py::arg("dtype"), py::arg("shape"), py::arg("pointers"),
+           py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"), py::arg("out_strides"),
+           py::arg("sel_strides"), py::arg("list_strides"), py::arg("pages"), py::arg("block_size"),
+           py::arg("index_is_64"), py::arg("causal"), py::arg("scale"), py::arg("max_selected"),
+           py::arg("batch_invariant"), py::arg("num_splits"))
+      .def_property_readonly("workspace_floats",
+                             [](const DecodeLaunch& launch) { return launch.plan.workspace_floats; })
+      .def_property_readonly("plan", [](const DecodeLaunch& launch) { return plan_dict(launch.plan); })
+#if NSA_SEL_HAS_KERNELS
+      .def(
+          "run",
+          [](DecodeLaunch& launch, std::uintptr_t workspace, std::uintptr_t stream) {
+            launch.set_workspace(pointer<float>(workspace));
+            py::gil_scoped_release release;
+            return nsa_sel::run_decode(launch, pointer<void>(stream));
+          },
+          "Launches on `stream` (a cudaStream_t as int) with workspace_floats floats of workspace. Returns a "
+          "cudaError_t.",
+          py::arg("workspace"), py::arg("stream"))
+#endif
+      ;
+
+#if NSA_SEL_HAS_KERNELS
+  m.def("device_limits", &nsa_sel::device_limits, "Limits of a GPU by its index.", py::arg("index"));
+  m.def("error_string", &nsa_sel::error_string, "Name and text of a cudaError_t.", py::arg("code"));
+  m.def("is_sticky", &nsa_sel::is_sticky, "Whether the context is lost with this cudaError_t.", py::arg("code"));
+#endif
+}
