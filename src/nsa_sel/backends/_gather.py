@@ -1,0 +1,131 @@
+"""Which tokens each row selects, and their K and V rows gathered: the half of packed SDPA that never computes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from nsa_sel.problem import Call
+
+
+@dataclass(slots=True)
+class Counters:
+    """What packed SDPA has done, for one call or in all."""
+
+    calls: int = 0
+    chunks: int = 0  # pieces of work gathered at once
+    gathered_bytes: int = 0  # K and V rows as gathered, padding included
+    read_backs: int = 0  # times that device values were looked at
+
+
+@dataclass(slots=True)
+class Selection:
+    """The clamped spans of R rows; position p of a row lies in the first span whose running end is beyond p."""
+
+    ends: torch.Tensor  # [R, n] int64, tokens up to and including span i
+    shift: torch.Tensor  # [R, n] int64, token id minus position inside span i
+    length: torch.Tensor  # [R] int64, L of each row (pages that are not there still counted)
+    bad_page: torch.Tensor | None  # [1] int64, above 0: a page inside seq_lens is missing; None: no pages
+
+
+def resolve(call: Call) -> Selection:
+    """Clamp the spans of every row to `[0, kv_len)`, in 64 bits, without looking at a value."""
+    problem = call.problem
+    B, S, S_kv, rows = problem.B, problem.S, problem.S_kv, problem.rows
+    device = call.q.device
+    if call.seq_lens is None:
+        seq = torch.full((B, 1), S_kv, dtype=torch.int64, device=device)
+    else:
+        seq = call.seq_lens.to(torch.int64).clamp(0, S_kv).unsqueeze(1)
+    kv_len = seq.expand(B, S)
+    if call.causal:
+        kv_len = (kv_len + torch.arange(1 - S, 1, device=device)).clamp_min(0)
+    limit = kv_len[:, :, None, None]  # [B, S, 1, 1]
+
+    if call.ranges is not None:
+        start, end = call.ranges.to(torch.int64).unbind(-1)
+        # both ends are clamped before they are subtracted: the smallest int64 minus anything would wrap around
+        start = torch.minimum(start.clamp_min(0), limit)
+        length = (torch.minimum(end.clamp_min(0), limit) - start).clamp_min(0)
+    else:
+        assert call.block_indices is not None
+        assert call.block_size is not None
+        ids = call.block_indices.to(torch.int64)
+        # ids and sizes beyond the cache are cut to it first, so that their product cannot leave 64 bits
+        size = min(call.block_size, max(S_kv, 1))
+        start = ids.clamp(0, S_kv) * size
+        length = torch.minimum(start + size, limit) - torch.minimum(start, limit)
+        length = length.masked_fill(ids < 0, 0)
+    length = length.reshape(rows, problem.n)
+    ends = length.cumsum(1)
+    shift = start.reshape(rows, problem.n) - (ends - length)
+    return Selection(ends, shift, length.sum(1), _bad_page(call, seq))
+
+
+def _bad_page(call: Call, seq: torch.Tensor) -> torch.Tensor | None:
+    if call.block_table is None:
+        return None
+    problem = call.problem
+    first_token = torch.arange(0, problem.S_kv, problem.page_size, device=seq.device)
+    missing = (call.block_table < 0) | (call.block_table >= problem.num_pages)
+    return (missing & (first_token < seq)).any().to(torch.int64).reshape(1)
+
+
+@dataclass(slots=True)
+class Index:
+    """Where the gathered K and V rows lie: the first three coordinates of k and v, each broadcastable to [r, T]."""
+
+    first: torch.Tensor  # request, or physical page
+    group: torch.Tensor
+    token: torch.Tensor  # token of the request, or of the page
+    valid: torch.Tensor | None  # [r, T] bool: the slot holds a selected token; None: all do
+
+
+def locate(call: Call, selection: Selection, rows: torch.Tensor, begin: int, end: int, masked: bool) -> Index:
+    """Find the positions [begin, end) of the rows [r]; slots beyond a row's L are marked invalid and point at token 0.
+
+    Without `masked` the caller knows that every slot holds a selected token.
+    """
+    problem = call.problem
+    position = torch.arange(begin, end, device=rows.device).expand(rows.shape[0], -1).contiguous()
+    slot = torch.searchsorted(selection.ends[rows], position, right=True).clamp_max_(problem.n - 1)
+    token = selection.shift[rows].gather(1, slot).add_(position)
+    valid = None
+    if masked:
+        valid = position < selection.length[rows].unsqueeze(1)
+        token.masked_fill_(~valid, 0)
+    group = (rows % problem.G).unsqueeze(1)
+    request = torch.div(rows, problem.S * problem.G, rounding_mode="floor").unsqueeze(1)
+    if call.block_table is None:
+        return Index(request, group, token, valid)
+
+    page = torch.div(token, problem.page_size, rounding_mode="floor")
+    physical = call.block_table[request, page].to(torch.int64)
+    if valid is not None:
+        valid = valid & (physical >= 0) & (physical < problem.num_pages)
+        physical = physical.masked_fill_(~valid, 0)
+    return Index(physical, group, token.sub_(page, alpha=problem.page_size), valid)
+
+
+def gather(tensor: torch.Tensor, index: Index, count: Counters, width: int = 0) -> torch.Tensor:
+    """Gather the rows [r, T, max(D, width)] of k or v, whatever its strides; added columns and invalid slots are 0.
+
+    An invalid slot must be zero and not just masked: its probability is 0, and 0 * NaN is NaN.
+    """
+    # One view whose row i starts i units into the tensor, the unit dividing every stride: index_select on it
+    # copies whole rows and K or V itself is never copied, which indexing by three coordinates does more slowly.
+    strides = tensor.stride()[:3]
+    unit = math.gcd(*strides) or 1
+    s0, s1, s2 = (stride // unit for stride in strides)
+    last = sum((extent - 1) * stride for extent, stride in zip(tensor.shape[:3], (s0, s1, s2), strict=True))
+    table = tensor.as_strided((last + 1, tensor.shape[3]), (unit, 1))
+    flat = index.first * s0 + index.group * s1 + index.token * s2
+    D = tensor.shape[3]
+    count.gathered_bytes += flat.numel() * D * tensor.element_size()
+    result = tensor.new_empty((flat.numel(), max(D, width)))
+    result[:, D:].zero_()
+    torch.index_select(table, 0, flat.reshape(-1), out=result[:, :D])
+    result = result.view(*flat.shape, -1)
+    return result if index.valid is None else result.masked_fill_(~index.valid.unsqueeze(-1), 0)

@@ -1,0 +1,93 @@
+"""Chunks of rows for packed SDPA: from the lengths of the rows alone, in numpy, before anything is gathered."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from nsa_sel.problem import Problem
+
+MEMORY_BUDGET = 256 * 2**20  # bytes that a chunk may hold beyond inputs and outputs
+_SMALL = 4 * 2**20  # bytes below which padding costs less than another chunk would
+_MAX_ROWS = 32768  # rows of a chunk: a batch beyond 65,535 does not fit CUDA's grid
+_INVARIANT_ROWS = 16  # rows of every chunk when a row's bits may not depend on its batch
+_INVARIANT_TOKENS = 16  # the fewest slots of such a chunk
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Rows that are gathered and attended together."""
+
+    rows: slice  # of the rows in planned order
+    tokens: int  # slots per row, the longest row's L or more
+    piece: int  # slots that fit into memory at once
+    masked: bool  # some slots hold no selected token
+    pad_rows: int = 0  # times that the last row is repeated to keep the chunk's shape the same
+
+
+def largest_selection(problem: Problem) -> int:
+    """Return the most tokens that a row can select, whatever the values are."""
+    return problem.n * (min(problem.block_size, problem.S_kv) if problem.blocks else problem.S_kv)
+
+
+def bound(problem: Problem) -> int:
+    """Return the caller's bound of L, where it promised one, and what is possible otherwise."""
+    largest = largest_selection(problem)
+    return largest if problem.max_selected is None else min(problem.max_selected, largest)
+
+
+def bytes_per_token(problem: Problem) -> int:
+    """Memory that one gathered token takes: K and V, their upcast copies, a few int64 indices, logits of h heads."""
+    item = {"float64": 8, "float32": 4}.get(problem.dtype, 2)
+    wide = max(item, 4)
+    rows = 2 * max(problem.Dk, problem.Dv) * (item + (wide if item < wide else 0))
+    total = rows + 64 + 3 * wide * problem.h
+    if problem.has_lse:
+        total += wide * (problem.Dk + 2 * problem.h)
+    return total
+
+
+def make_plan(problem: Problem, lengths: np.ndarray, budget: int, masked: bool) -> list[Chunk]:
+    """Cut rows, in descending order of L, into chunks within the budget that pad no row to more than twice its L.
+
+    Args:
+        lengths: L of each row, descending; rows with L = 0 come into no chunk.
+        budget: bytes of a chunk.
+        masked: slots inside a row's L may hold no token (pages that are missing).
+    """
+    per_token = bytes_per_token(problem)
+    room = max(1, budget // per_token)  # tokens that fit into the budget
+    if problem.batch_invariant:
+        return _plan_invariant(lengths, room)
+    chunks = []
+    row, rows = 0, _rows_longer_than(lengths, 0)
+    while row < rows:
+        tokens = int(lengths[row])
+        until = rows
+        if (rows - row) * tokens * per_token > _SMALL:
+            until = _rows_longer_than(lengths, tokens // 2)
+        until = min(until, row + _MAX_ROWS, row + max(1, room // tokens))
+        padded = bool(lengths[until - 1] != tokens)
+        chunks.append(Chunk(slice(row, until), tokens, min(tokens, room), masked or padded))
+        row = until
+    return chunks
+
+
+def _plan_invariant(lengths: np.ndarray, room: int) -> list[Chunk]:
+    """Cut rows into chunks of one shape per power of two of L: the same arithmetic for a row in any company."""
+    piece = max(_INVARIANT_TOKENS, 1 << (max(1, room // _INVARIANT_ROWS).bit_length() - 1))
+    chunks = []
+    row, rows = 0, _rows_longer_than(lengths, 0)
+    while row < rows:
+        tokens = max(_INVARIANT_TOKENS, 1 << (int(lengths[row]) - 1).bit_length())
+        same = rows if tokens == _INVARIANT_TOKENS else _rows_longer_than(lengths, tokens // 2)
+        until = min(row + _INVARIANT_ROWS, same)
+        pad_rows = _INVARIANT_ROWS - (until - row)
+        chunks.append(Chunk(slice(row, until), tokens, min(piece, tokens), True, pad_rows))
+        row = until
+    return chunks
+
+
+def _rows_longer_than(lengths: np.ndarray, tokens: int) -> int:
+    return int(np.searchsorted(-lengths, -tokens, side="left"))

@@ -1,0 +1,127 @@
+"""The compiled CUDA kernel: takes a checked call's pointers and strides to `_core` and allocates what it writes."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+from nsa_sel import _build
+from nsa_sel.errors import ArgumentError, KernelLaunchError
+from nsa_sel.problem import Call, Problem
+
+core: Any = _build.core
+_DTYPES = {"float16": 0, "bfloat16": 1}  # enum Dtype in cpp/params.h
+_OUT_ALIGNMENT = 8  # bytes: the combine kernel writes four 16-bit columns at once
+
+
+@functools.cache
+def device_limits(index: int) -> Any:
+    """Return the `_core.DeviceLimits` of a GPU."""
+    return core.device_limits(index)
+
+
+def unavailable(problem: Problem) -> str | None:
+    """Say what the kernel itself cannot take; dtype, dims, heads and alignment are looked at by routing before."""
+    limit = 2**31
+    for name in ("S_kv", "n", "num_pages"):
+        if getattr(problem, name) >= limit:
+            return f"{name} is {getattr(problem, name)}, the kernel takes less than 2^31"
+    return None
+
+
+def plan(
+    call: Call, out: torch.Tensor, lse: torch.Tensor | None, limits: Any, num_splits: int = 0
+) -> tuple[Any, torch.Tensor]:
+    """Return the `_core.DecodeLaunch` of a call and the selection it points to, which must outlive the launch call.
+
+    Args:
+        call: a checked call.
+        out: [B, S, G, h, Dv], 8-byte aligned rows.
+        lse: [B, S, G, h] fp32 contiguous, or None.
+        limits: of the device, `_core.DeviceLimits`.
+        num_splits: blocks per row; 0 lets the planner choose.
+    """
+    p = call.problem
+    selection = call.ranges if call.ranges is not None else call.block_indices
+    assert selection is not None
+    if call.ranges is not None and p.n > 0 and selection.stride(-1) != 1:
+        selection = selection.contiguous()  # [start, end) pairs are read as neighbours; metadata, not K or V
+    try:
+        return core.DecodeLaunch(
+            device=limits,
+            dtype=_DTYPES[p.dtype],
+            shape=(p.B, p.S, p.G, p.h, p.Dk, p.Dv, p.S_kv, p.n),
+            pointers=(
+                call.q.data_ptr(),
+                call.k.data_ptr(),
+                call.v.data_ptr(),
+                selection.data_ptr(),
+                0 if call.seq_lens is None else call.seq_lens.data_ptr(),
+                0 if call.block_table is None else call.block_table.data_ptr(),
+                out.data_ptr(),
+                0 if lse is None else lse.data_ptr(),
+            ),
+            q_strides=call.q.stride()[:4],
+            k_strides=call.k.stride()[:3],
+            v_strides=call.v.stride()[:3],
+            out_strides=out.stride()[:4],
+            sel_strides=selection.stride()[:4],
+            list_strides=(
+                0 if call.seq_lens is None else call.seq_lens.stride(0),
+                0 if call.block_table is None else call.block_table.stride(0),
+            ),
+            pages=(p.page_size, p.num_pages) if p.paged else (0, 0),
+            block_size=call.block_size or 0,
+            index_is_64=p.index_bits == 64,
+            causal=call.causal,
+            scale=call.scale,
+            max_selected=-1 if call.max_selected is None else call.max_selected,
+            batch_invariant=call.batch_invariant,
+            num_splits=num_splits,
+        ), selection
+    except ValueError as error:
+        raise ArgumentError(str(error)) from None
+
+
+def _row_aligned(out: torch.Tensor) -> bool:
+    step = _OUT_ALIGNMENT // out.element_size()
+    return (
+        out.data_ptr() % _OUT_ALIGNMENT == 0 and all(s % step == 0 for s in out.stride()[:-1]) and out.stride(-1) == 1
+    )
+
+
+def run(call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run the kernel on the current stream; no host synchronisation, no allocation besides out, lse and workspace.
+
+    Returns:
+        out [B, S, G, h, Dv] in v's dtype; lse [B, S, G, h] fp32 or None.
+
+    Raises:
+        KernelLaunchError: the device refused the launch and can go on (the caller may fall back).
+        RuntimeError: a sticky CUDA error; every later call would fail as well.
+    """
+    p = call.problem
+    device = call.q.device
+    with torch.cuda.device(device):
+        target = call.out
+        if target is None or not _row_aligned(target):
+            out = torch.empty((p.B, p.S, p.G, p.h, p.Dv), dtype=call.v.dtype, device=device)
+        else:
+            out = target
+        lse = torch.empty((p.B, p.S, p.G, p.h), dtype=torch.float32, device=device) if call.return_lse else None
+        if out.numel() > 0:
+            launch, _selection = plan(call, out, lse, device_limits(device.index))
+            workspace = None
+            if launch.workspace_floats > 0:
+                workspace = torch.empty(launch.workspace_floats, dtype=torch.float32, device=device)
+            stream = torch.cuda.current_stream(device).cuda_stream
+            code = launch.run(0 if workspace is None else workspace.data_ptr(), stream)
+            if code != 0:
+                message = f"decode kernel on {torch.cuda.get_device_name(device)}: {core.error_string(code)}"
+                raise RuntimeError(message) if core.is_sticky(code) else KernelLaunchError(message)
+        if target is not None and target is not out:
+            target.copy_(out)
+            out = target
+        return out, lse

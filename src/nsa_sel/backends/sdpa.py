@@ -1,0 +1,279 @@
+"""The fallback: gather each row's tokens and hand them to PyTorch's scaled_dot_product_attention.
+
+Rows are sorted by L and packed into chunks whose gathered K and V and temporaries stay within `MEMORY_BUDGET`, so
+that cost and memory follow L and never S_kv. The h heads of a row are the queries of one attention over its own tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from nsa_sel.backends import _backward, _gather
+from nsa_sel.backends._gather import Counters, Selection
+from nsa_sel.backends._plan import MEMORY_BUDGET, Chunk, bound, largest_selection, make_plan
+from nsa_sel.problem import Call, Problem
+
+_totals = Counters()
+_lock = threading.Lock()
+
+
+def counters() -> Counters:
+    """Return what this backend has done in this process so far."""
+    with _lock:
+        return replace(_totals)
+
+
+def unavailable(problem: Problem) -> str | None:
+    """Say why this backend cannot run `problem`: there is nothing that it cannot."""
+    return None
+
+
+def run(call: Call, memory_budget: int = MEMORY_BUDGET) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run a call: out [B, S, G, h, Dv] in v's dtype and, if asked for, lse [B, S, G, h] fp32.
+
+    Reads the lengths of the selections back once, and nothing while a CUDA graph is captured: there it computes up to
+    the bound of L, and a row that breaks its `max_selected` comes out as NaN, never as a plausible wrong answer.
+    """
+    if call.problem.requires_grad:
+        out, lse = _Attention.apply(call.q, call.k, call.v, call, memory_budget)
+        return out, lse if call.return_lse else None
+    return forward(call, memory_budget)
+
+
+def forward(call: Call, budget: int = MEMORY_BUDGET) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run a call without gradients; results as `run` gives them."""
+    with _plain_math(call):
+        work = _prepare(call, budget, _is_capturing(call))
+        out, lse = _attend_all(call, work)
+    out = out.view(*call.q.shape[:4], call.problem.Dv)
+    if call.out is not None:
+        out = call.out.copy_(out)
+    return out, None if lse is None else lse.to(torch.float32).view(call.q.shape[:4])
+
+
+def backward(
+    call: Call,
+    out: torch.Tensor,
+    d_out: torch.Tensor | None,
+    d_lse: torch.Tensor | None,
+    budget: int = MEMORY_BUDGET,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of q, k and v from those of out [B, S, G, h, Dv] and lse [B, S, G, h] (None: zero)."""
+    problem = call.problem
+    gradients = _backward.Gradients.zeros(call, _accumulator(call.q.dtype))
+    flat = (problem.rows, problem.h, problem.Dv)
+    d_out = out.new_zeros(flat) if d_out is None else d_out.reshape(flat)
+    d_lse = None if d_lse is None else d_lse.reshape(flat[:2])
+    with _plain_math(call):
+        # half the budget: the gradients of the gathered rows stand beside the rows
+        work = _prepare(call, budget // 2, _is_capturing(call))
+        for chunk in work.plan:
+            rows = work.rows(chunk)
+            _backward.accumulate(
+                call, work.selection, rows, chunk, out.reshape(flat), d_out, d_lse, gradients, work.count
+            )
+        work.report()
+    d_q = gradients.q.view(call.q.shape).to(call.q.dtype)
+    return d_q, gradients.k.to(call.k.dtype), gradients.v.to(call.v.dtype)
+
+
+class _Attention(torch.autograd.Function):
+    """Packed SDPA with gradients of its own, which gather again instead of keeping what was gathered."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, budget: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        out, lse = forward(call, budget)
+        ctx.set_materialize_grads(False)
+        # saved, and not just kept, so that autograd notices when one is changed in place before the backward pass
+        ctx.save_for_backward(q, k, v, out, call.ranges, call.block_indices, call.seq_lens, call.block_table)
+        ctx.call, ctx.budget = call, budget
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, d_out: torch.Tensor | None, d_lse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if d_out is None and d_lse is None:
+            return None, None, None, None, None
+        q, k, v, out, *_ = ctx.saved_tensors
+        return *backward(replace(ctx.call, q=q, k=k, v=v), out, d_out, d_lse, ctx.budget), None, None
+
+
+@contextlib.contextmanager
+def _plain_math(call: Call) -> Iterator[None]:
+    """Switch autocast off: it would turn fp32 inputs into bf16 inside SDPA, where the contract promises fp32."""
+    if not torch.is_autocast_enabled(call.problem.device_type):
+        yield
+        return
+    with torch.autocast(call.problem.device_type, enabled=False):
+        yield
+
+
+def _is_capturing(call: Call) -> bool:
+    return call.q.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(slots=True)
+class _Work:
+    """What one call has to do."""
+
+    selection: Selection
+    order: torch.Tensor | None  # [R] row ids, longest first; None: as they are
+    plan: list[Chunk]
+    count: Counters
+    broken: torch.Tensor | None = None  # [R] rows beyond the bound that a captured graph computes
+
+    def rows(self, chunk: Chunk) -> torch.Tensor:
+        """Return the row ids [r] of a chunk."""
+        if self.order is not None:
+            return self.order[chunk.rows]
+        return torch.arange(chunk.rows.start, chunk.rows.stop, device=self.selection.length.device)
+
+    def report(self) -> None:
+        """Add this call to the totals."""
+        with _lock:
+            for field in fields(Counters):
+                setattr(_totals, field.name, getattr(_totals, field.name) + getattr(self.count, field.name))
+
+
+def _prepare(call: Call, budget: int, capturing: bool) -> _Work:
+    problem, count = call.problem, Counters(calls=1)
+    selection = _gather.resolve(call)
+    # without one slot, token or page there is no memory that a gather could point at
+    if not (problem.rows and problem.n and problem.S_kv and (problem.num_pages or not problem.paged)):
+        return _Work(selection, None, [], count)
+    if not capturing:
+        lengths, order, masked = _read_back(selection, count)
+        return _Work(selection, order, make_plan(problem, lengths, budget, masked), count)
+    limit = bound(problem)
+    plan = make_plan(problem, np.full(problem.rows, limit), budget, masked=True)
+    broken = selection.length > limit if limit < largest_selection(problem) else None
+    return _Work(selection, None, plan, count, broken)
+
+
+def _read_back(selection: Selection, count: Counters) -> tuple[np.ndarray, torch.Tensor | None, bool]:
+    """Look at the lengths: descending, the rows in that order (None: as they are), and whether pages are missing."""
+    lengths, order = selection.length.sort(descending=True, stable=True)
+    seen = lengths if selection.bad_page is None else torch.cat([lengths, selection.bad_page])
+    values = seen.cpu().numpy()
+    count.read_backs += 1
+    bad_page = selection.bad_page is not None and bool(values[-1])
+    values = values[: lengths.shape[0]]
+    return values, None if values[0] == values[-1] else order, bad_page
+
+
+def _attend_all(call: Call, work: _Work) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attend every row: out [R, h, Dv] and, if asked for, lse [R, h]; rows that select nothing get 0 and -inf."""
+    problem = call.problem
+    out = lse = None
+    for chunk in work.plan:
+        rows = work.rows(chunk)
+        part, part_lse = _attend_chunk(call, work, rows, chunk)
+        if work.order is None and chunk.rows == slice(0, problem.rows):
+            out, lse = part, part_lse
+            continue
+        if out is None:
+            out, lse = _empty_rows(call)
+        out.index_copy_(0, rows, part)
+        if lse is not None and part_lse is not None:
+            lse.index_copy_(0, rows, part_lse)
+    if out is None:
+        out, lse = _empty_rows(call)
+    if work.broken is not None:
+        out = out.masked_fill(work.broken[:, None, None], math.nan)
+        lse = None if lse is None else lse.masked_fill(work.broken[:, None], math.nan)
+    work.report()
+    return out, lse
+
+
+def _empty_rows(call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
+    problem = call.problem
+    out = call.v.new_zeros((problem.rows, problem.h, problem.Dv))
+    if not call.return_lse:
+        return out, None
+    return out, call.q.new_full((problem.rows, problem.h), -math.inf, dtype=_accumulator(call.q.dtype))
+
+
+def _attend_chunk(
+    call: Call, work: _Work, rows: torch.Tensor, chunk: Chunk
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attend the rows [r] of one chunk, piece by piece: out [r, h, Dv] and lse [r, h] or None."""
+    kept = rows.shape[0]
+    if chunk.pad_rows:
+        rows = torch.cat([rows, rows[-1:].expand(chunk.pad_rows)])
+    split = chunk.piece < chunk.tokens
+    out, lse = _attend(call, work, rows, 0, chunk.piece, chunk.masked, split)
+    for begin in range(chunk.piece, chunk.tokens, chunk.piece):
+        end = min(begin + chunk.piece, chunk.tokens)
+        part, part_lse = _attend(call, work, rows, begin, end, chunk.masked, split)
+        assert lse is not None
+        assert part_lse is not None
+        out, lse = _merge(out, lse, part, part_lse)
+    return out.to(call.v.dtype)[:kept], lse[:kept] if call.return_lse and lse is not None else None
+
+
+def _attend(
+    call: Call, work: _Work, rows: torch.Tensor, begin: int, end: int, masked: bool, split: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attend the rows [r] to their positions [begin, end).
+
+    out always comes from SDPA, so that asking for lse does not change it. SDPA keeps softmax statistics and sums of
+    half inputs in fp32 and gives no lse, which is computed from fp32 logits beside it. Parts of a split row stay fp32.
+    """
+    problem = call.problem
+    work.count.chunks += 1
+    index = _gather.locate(call, work.selection, rows, begin, end, masked)
+    # PyTorch's fused attention on the CPU wants Dk = Dv; without it everything is copied to fp32, which is 3x slower.
+    # Columns of zeros change neither the logits nor the other columns of out.
+    width = max(problem.Dk, problem.Dv) if problem.device_type == "cpu" else 0
+    keys = _gather.gather(call.k, index, work.count, width)
+    values = _gather.gather(call.v, index, work.count, width)
+    queries = call.q.reshape(problem.rows, problem.h, problem.Dk).index_select(0, rows)
+    queries = torch.nn.functional.pad(queries, (0, keys.shape[-1] - problem.Dk))
+    wide = _accumulator(queries.dtype)
+    if split:
+        queries, keys, values = queries.to(wide), keys.to(wide), values.to(wide)
+
+    mask = index.valid
+    out = scaled_dot_product_attention(
+        queries.unsqueeze(1),
+        keys.unsqueeze(1),
+        values.unsqueeze(1),
+        attn_mask=None if mask is None else mask[:, None, None, :],
+        scale=call.scale,
+    ).squeeze(1)[..., : problem.Dv]
+    lse = None
+    if call.return_lse or split:
+        logits = torch.matmul(queries.to(wide), keys.to(wide).transpose(1, 2)) * call.scale
+        if mask is not None:
+            logits = logits.masked_fill(~mask.unsqueeze(1), -math.inf)
+        lse = torch.logsumexp(logits, -1)
+    if mask is not None:
+        # a row without any token here (empty, or its pages are missing): kernels differ on the softmax over nothing
+        out = out.masked_fill(~mask.any(1)[:, None, None], 0)
+    return out, lse
+
+
+def _merge(
+    out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge two parts of the same rows by their log-sum-exp."""
+    both = torch.logaddexp(lse, part_lse)
+    # where both are -inf there is nothing to weigh: (-inf) - (-inf) is NaN, so subtract 0 and weigh both with 0
+    base = both.masked_fill(both == -math.inf, 0)
+    weight, part_weight = torch.exp(lse - base).unsqueeze(-1), torch.exp(part_lse - base).unsqueeze(-1)
+    return out * weight + part * part_weight, both

@@ -1,0 +1,130 @@
+"""The function as a `torch.library` operator, which is how torch.compile sees it: one node, no graph break.
+
+Eager calls never come here: the dispatcher costs several microseconds that a decode step does not have.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nsa_sel.backends import sdpa
+from nsa_sel.errors import AutogradError
+from nsa_sel.problem import Call
+from nsa_sel.validation import check
+
+_ARGUMENTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? ranges, Tensor? block_indices, SymInt? block_size, Tensor? seq_lens, "
+    "Tensor? block_table, bool causal, SymInt? max_selected, float? softmax_scale, bool return_lse, "
+    "bool batch_invariant, str backend, bool requires_grad"
+)
+_LSE = 11  # place of return_lse among the arguments
+_TENSORS = (0, 1, 2, 3, 4, 6, 7)  # places of the tensors
+
+_library = torch.library.Library("nsa_sel", "DEF")
+_library.define(f"selection_attention({_ARGUMENTS}) -> (Tensor out, Tensor lse)", tags=(torch.Tag.pt2_compliant_tag,))
+_library.define(
+    f"selection_attention_backward(Tensor out, Tensor? d_out, Tensor? d_lse, {_ARGUMENTS}) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def call(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ranges: torch.Tensor | None,
+    block_indices: torch.Tensor | None,
+    block_size: int | None,
+    seq_lens: torch.Tensor | None,
+    block_table: torch.Tensor | None,
+    causal: bool,
+    max_selected: int | None,
+    softmax_scale: float | None,
+    return_lse: bool,
+    batch_invariant: bool,
+    out: torch.Tensor | None,
+    backend: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Call the operator as `selection_attention` does under torch.compile; lse is empty unless asked for."""
+    # below autograd, where the operator runs, tensors no longer tell whether gradients will be asked of them
+    requires_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if out is not None and requires_grad:
+        raise AutogradError("out: expected no gradients to be required (out= has none), got requires_grad=True")
+    result, lse = torch.ops.nsa_sel.selection_attention.default(
+        q, k, v, ranges, block_indices, block_size, seq_lens, block_table,
+        causal, max_selected, softmax_scale, return_lse, batch_invariant, backend, requires_grad,
+    )  # fmt: skip
+    return (result if out is None else out.copy_(result)), lse
+
+
+def _check(arguments: tuple[Any, ...]) -> tuple[Call, str]:
+    """Check the operator's arguments; the problem says that gradients are required if it was called so."""
+    (q, k, v, ranges, block_indices, block_size, seq_lens, block_table, causal, max_selected, softmax_scale,
+     return_lse, batch_invariant, backend, requires_grad) = arguments  # fmt: skip
+    checked = check(
+        q, k, v, ranges,
+        block_indices=block_indices, block_size=block_size, seq_lens=seq_lens, block_table=block_table,
+        causal=causal, max_selected=max_selected, softmax_scale=softmax_scale, return_lse=return_lse,
+        batch_invariant=batch_invariant,
+    )  # fmt: skip
+    checked.problem = checked.problem._replace(requires_grad=requires_grad)
+    return checked, backend
+
+
+def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    from nsa_sel import api  # api imports this module
+
+    with torch.no_grad():
+        checked, backend = _check(arguments)
+        out, lse = api.run(checked, backend)
+    return out, _no_lse(out) if lse is None else lse
+
+
+def _backward(
+    out: torch.Tensor, d_out: torch.Tensor | None, d_lse: torch.Tensor | None, *arguments: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        return sdpa.backward(_check(arguments)[0], out, d_out, d_lse)
+
+
+def _no_lse(like: torch.Tensor) -> torch.Tensor:
+    return like.new_empty((0,), dtype=torch.float32)
+
+
+@torch.library.register_fake("nsa_sel::selection_attention", lib=_library)
+def _fake_forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    q, v = arguments[0], arguments[2]
+    out = v.new_empty((*q.shape[:4], v.shape[3]))
+    return out, q.new_empty(q.shape[:4], dtype=torch.float32) if arguments[_LSE] else _no_lse(out)
+
+
+@torch.library.register_fake("nsa_sel::selection_attention_backward", lib=_library)
+def _fake_backward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q, k, v = arguments[3:6]  # behind out, d_out, d_lse
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[0], *(inputs[place] for place in _TENSORS))
+    ctx.others = tuple(None if place in _TENSORS else value for place, value in enumerate(inputs))
+
+
+def _differentiate(ctx: Any, d_out: torch.Tensor | None, d_lse: torch.Tensor | None) -> tuple[Any, ...]:
+    arguments = list(ctx.others)
+    out, *tensors = ctx.saved_tensors
+    for place, tensor in zip(_TENSORS, tensors, strict=True):
+        arguments[place] = tensor
+    none = (None,) * (len(arguments) - 3)
+    if d_out is None and d_lse is None:
+        return None, None, None, *none
+    if not arguments[_LSE]:
+        d_lse = None
+    return *torch.ops.nsa_sel.selection_attention_backward.default(out, d_out, d_lse, *arguments), *none
+
+
+_library.impl("selection_attention", _forward, "CompositeExplicitAutograd")
+_library.impl("selection_attention_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_autograd("nsa_sel::selection_attention", _differentiate, setup_context=_save, lib=_library)

@@ -1,0 +1,231 @@
+"""Checks the arguments of a call and turns them into a `Call`.
+
+The good case is a handful of comparisons per tensor; texts are put together only when something is wrong.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from collections.abc import Sequence
+
+import torch
+
+from nsa_sel.errors import ArgumentError, ArgumentTypeError, AutogradError
+from nsa_sel.problem import Call, Problem
+
+DTYPE_NAMES = {
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+    torch.float32: "float32",
+    torch.float64: "float64",
+}
+_FLOATS = tuple(DTYPE_NAMES)
+_INDICES = (torch.int32, torch.int64)
+_LENGTHS = (torch.int32,)
+KERNEL_ALIGNMENT = 16  # bytes: the kernel loads K and V 16 bytes at a time
+
+
+def check(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    ranges: torch.Tensor | None = None,
+    *,
+    block_indices: torch.Tensor | None = None,
+    block_size: int | None = None,
+    seq_lens: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    causal: bool = True,
+    max_selected: int | None = None,
+    softmax_scale: float | None = None,
+    return_lse: bool = False,
+    batch_invariant: bool = False,
+    out: torch.Tensor | None = None,
+) -> Call:
+    """Check every argument of `selection_attention` (its shapes and dtypes) and return the call.
+
+    Raises:
+        ArgumentError: a shape, stride, device or value is wrong.
+        ArgumentTypeError: a type or dtype is wrong.
+        AutogradError: gradients are required and `out` is given.
+    """
+    if not isinstance(q, torch.Tensor) or q.layout is not torch.strided:
+        raise _not_a_tensor("q", q)
+    dtype, device = q.dtype, q.device
+    if dtype not in DTYPE_NAMES or q.dim() != 5:
+        raise _mismatch("q", q, _FLOATS, "[B, S, G, h, Dk]")
+    B, S, G, h, Dk = q.shape
+    if not (G and h and Dk):
+        raise _mismatch("q", q, _FLOATS, "[B, S, G >= 1, h >= 1, Dk >= 1]")
+    if q.stride()[-1] != 1 and Dk > 1:
+        raise _not_contiguous("q", q)
+
+    paged = block_table is not None
+    if block_table is None:
+        _require("k", k, (dtype,), (B, G, None, Dk), ("B", "G", "S_kv", "Dk"), device)
+        S_kv = k.shape[2]
+        _require("v", v, (dtype,), (B, G, S_kv, None), ("B", "G", "S_kv", "Dv"), device)
+        page_size = num_pages = 0
+    else:
+        _require("k", k, (dtype,), (None, G, None, Dk), ("P", "G", "page_size", "Dk"), device)
+        num_pages, _, page_size, _ = k.shape
+        _require("v", v, (dtype,), (num_pages, G, page_size, None), ("P", "G", "page_size", "Dv"), device)
+        if page_size < 1:
+            raise _mismatch("k", k, (dtype,), "[P, G, page_size >= 1, Dk]")
+        _require("block_table", block_table, (torch.int32,), (B, None), ("B", "max_pages"), device)
+        S_kv = block_table.shape[1] * page_size
+    Dv = v.shape[3]
+    if not Dv:
+        raise _mismatch("v", v, (dtype,), "a last dimension Dv >= 1 in [..., Dv]")
+
+    if ranges is not None:
+        if block_indices is not None:
+            raise ArgumentError("ranges, block_indices: expected exactly one of them, got both")
+        if block_size is not None:
+            raise ArgumentError(f"block_size: expected None with ranges, got {block_size!r}")
+        _require("ranges", ranges, _INDICES, (B, S, G, None, 2), ("B", "S", "G", "n", ""), device)
+        selection, bound = ranges, None
+        n = ranges.shape[3]
+    else:
+        if block_indices is None:
+            raise ArgumentError("ranges, block_indices: expected exactly one of them, got neither")
+        _require("block_indices", block_indices, _INDICES, (B, S, G, None), ("B", "S", "G", "n"), device, False)
+        block_size = _integer("block_size", block_size, 1, "with block_indices")
+        selection, n = block_indices, block_indices.shape[3]
+        bound = n * min(block_size, S_kv)  # a block never holds more than the cache
+
+    if seq_lens is not None:
+        _require("seq_lens", seq_lens, _LENGTHS, (B,), ("B",), device, False)
+    _flag("causal", causal)
+    _flag("return_lse", return_lse)
+    _flag("batch_invariant", batch_invariant)
+    if max_selected is not None:
+        bound = _integer("max_selected", max_selected, 0, "or None")
+    scale = Dk**-0.5 if softmax_scale is None else _finite("softmax_scale", softmax_scale)
+
+    requires_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if out is not None:
+        _check_out(out, (B, S, G, h, Dv), dtype, device, requires_grad)
+
+    on_cuda = device.type == "cuda"
+    problem = Problem(
+        B, S, G, h, Dk, Dv, S_kv, n, DTYPE_NAMES[dtype], device.type, device.index or 0,
+        paged, page_size, num_pages, block_indices is not None, block_size or 0, selection.element_size() * 8,
+        bound, causal, misalignment(q, k, v) if on_cuda else None, requires_grad, return_lse, batch_invariant,
+    )  # fmt: skip
+    return Call(
+        q, k, v, ranges, block_indices, block_size, seq_lens, block_table,
+        causal, bound, scale, return_lse, batch_invariant, out, problem,
+    )  # fmt: skip
+
+
+def misalignment(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
+    """Say which base or stride of q, k, v is no multiple of 16 bytes; None where all are."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        size, bits = tensor.element_size(), tensor.data_ptr()
+        for stride in tensor.stride()[:-1]:
+            bits |= stride * size
+        if bits % KERNEL_ALIGNMENT:
+            why = _misaligned(name, tensor)
+            if why is not None:
+                return why
+    return None
+
+
+def _misaligned(name: str, tensor: torch.Tensor) -> str | None:
+    if tensor.data_ptr() % KERNEL_ALIGNMENT:
+        return f"{name}: expected a base address of a multiple of 16 bytes, got {tensor.data_ptr():#x}"
+    size = tensor.element_size()
+    for extent, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
+        if extent > 1 and stride * size % KERNEL_ALIGNMENT:  # nobody steps along a dimension of one
+            got = [s * size for s in tensor.stride()[:-1]]
+            return f"{name}: expected strides of multiples of 16 bytes, got {got} bytes"
+    return None
+
+
+def _not_a_tensor(name: str, value: object) -> Exception:
+    got = f"layout {value.layout}" if isinstance(value, torch.Tensor) else type(value).__name__
+    return ArgumentTypeError(f"{name}: expected a strided torch.Tensor, got {got}")
+
+
+def _not_contiguous(name: str, tensor: torch.Tensor) -> Exception:
+    got = list(tensor.stride())
+    return ArgumentError(f"{name}: expected a contiguous last dimension (stride 1), got strides {got}")
+
+
+def _require(
+    name: str,
+    tensor: object,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int | None, ...],
+    letters: tuple[str, ...],
+    device: torch.device,
+    contiguous_last: bool = True,
+) -> None:
+    """Require dtype, shape (None: any extent), device and, if asked for, a contiguous last dimension."""
+    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided:
+        raise _not_a_tensor(name, tensor)
+    got = tensor.shape
+    fits = len(got) == len(shape) and tensor.dtype in dtypes
+    if fits:
+        for extent, wanted in zip(got, shape):  # noqa: B905 - of equal length, and this is the hot path
+            fits = fits and (wanted is None or extent == wanted)
+    if not fits:
+        raise _mismatch(name, tensor, dtypes, _shape_text(shape, letters))
+    if tensor.device != device:
+        raise ArgumentError(f"{name}: expected device {device} (that of q), got {tensor.device}")
+    if contiguous_last and tensor.stride()[-1] != 1 and got[-1] > 1:
+        raise _not_contiguous(name, tensor)
+
+
+def _shape_text(shape: tuple[int | None, ...], letters: tuple[str, ...]) -> str:
+    parts = []
+    for extent, letter in zip(shape, letters, strict=True):
+        if not letter:
+            parts.append(str(extent))
+        else:
+            parts.append(letter if extent is None else f"{letter}={extent}")
+    return "[" + ", ".join(parts) + "]"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _mismatch(name: str, tensor: torch.Tensor, dtypes: Sequence[torch.dtype], shape: str) -> Exception:
+    wanted = " or ".join(_short(dtype) for dtype in dtypes)
+    text = f"{name}: expected {wanted} {shape}, got {_short(tensor.dtype)} {list(tensor.shape)}"
+    return ArgumentError(text) if tensor.dtype in dtypes else ArgumentTypeError(text)
+
+
+def _integer(name: str, value: object, least: int, note: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        got = "None" if value is None else f"{type(value).__name__} {value!r}"
+        raise ArgumentTypeError(f"{name}: expected an int >= {least} {note}, got {got}")
+    if value < least:
+        raise ArgumentError(f"{name}: expected an int >= {least} {note}, got {value}")
+    return int(value)
+
+
+def _finite(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ArgumentTypeError(f"{name}: expected a finite float or None, got {type(value).__name__} {value!r}")
+    if not math.isfinite(value):
+        raise ArgumentError(f"{name}: expected a finite float or None, got {value!r}")
+    return float(value)
+
+
+def _flag(name: str, value: object) -> None:
+    if value is not True and value is not False:
+        raise ArgumentTypeError(f"{name}: expected a bool, got {type(value).__name__} {value!r}")
+
+
+def _check_out(
+    out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, requires_grad: bool
+) -> None:
+    _require("out", out, (dtype,), shape, ("B", "S", "G", "h", "Dv"), device)
+    if any(stride == 0 and extent > 1 for extent, stride in zip(out.shape, out.stride(), strict=True)):
+        raise ArgumentError(f"out: expected memory of its own for each element, got strides {list(out.stride())}")
+    if requires_grad or (torch.is_grad_enabled() and out.requires_grad):
+        raise AutogradError("out: expected no gradients to be required (out= has none), got requires_grad=True")
