@@ -1,0 +1,53 @@
+// kernel_host.cpp - the C interface through which Python plans and launches the kernel on the emulator.
+#include <cstdio>
+#include <exception>
+
+#include "../../cpp/dispatch.h"
+#include "../../cpp/instances.h"
+#include "../../cuda/device.h"
+
+using namespace nsa_sel;
+
+namespace {
+DecodeLaunch prepared;
+}
+
+extern "C" {
+
+struct PlanSummary {
+  int64_t grid, blocks_per_sm, num_slots, smem_bytes, full_rows, split_rows, num_splits, cluster, workspace_floats;
+};
+
+// Returns 0, or 1 with a message where the planner refuses.
+int nsa_prepare(const DecodeRequest* request, const DeviceLimits* device, PlanSummary* summary, char* message,
+                int message_bytes) {
+  try {
+    prepared = prepare_decode(*request, *device);
+  } catch (const std::exception& error) {
+    std::snprintf(message, size_t(message_bytes), "%s", error.what());
+    return 1;
+  }
+  const DecodePlan& plan = prepared.plan;
+  *summary = {plan.grid,       plan.blocks_per_sm, plan.smem.num_slots, plan.smem.total,      plan.full_rows,
+              plan.split_rows, plan.num_splits,    plan.cluster,        plan.workspace_floats};
+  return 0;
+}
+
+int nsa_launch(float* workspace) {
+  prepared.set_workspace(workspace);
+  return run_decode(prepared, nullptr);
+}
+
+int nsa_num_instances() { return kNumInstances; }
+
+void nsa_instance(int index, int64_t* out) {
+  const InstanceKey& key = kInstances[index];
+  out[0] = int64_t(key.dtype);
+  out[1] = key.Dk;
+  out[2] = key.Dv;
+  out[3] = key.head_tile;
+}
+
+int64_t nsa_request_bytes() { return sizeof(DecodeRequest); }
+
+}  // extern "C"
