@@ -1,0 +1,137 @@
+"""The documents: the README's code runs as it stands, and what it lists is what there is."""
+
+from __future__ import annotations
+
+import contextlib
+import doctest
+import importlib
+import io
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+
+import nsa_sel
+from nsa_sel.cli import app
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCTESTED = (
+    "nsa_sel", "nsa_sel._build", "nsa_sel.api", "nsa_sel.cli.demo", "nsa_sel.policy", "nsa_sel.ranges",
+    "nsa_sel.reference", "nsa_sel.routing", "nsa_sel.stats", "nsa_sel.switches", "nsa_sel.testing",
+)  # fmt: skip
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def section(title: str) -> str:
+    (found,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL)
+    return found
+
+
+def test_python_of_the_readme_runs_and_prints_what_it_says() -> None:
+    names: dict[str, object] = {}
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        for block in blocks("python"):
+            exec(compile(block, "README.md", "exec"), names)
+    assert len(blocks("python")) == 2
+    if not torch.cuda.is_available():
+        assert [printed.getvalue()] == blocks("text")
+
+
+@pytest.mark.slow
+def test_quick_start_word_for_word_in_a_fresh_checkout(tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    left_out = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*_out", ".*_cache")
+    shutil.copytree(ROOT, checkout, ignore=left_out)
+    commands, script = blocks("bash")[0], blocks("python")[0]
+    (checkout / "script.py").write_text(script)
+    environment = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "PYTHONPATH")}
+    result = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", commands + "\npython script.py"],
+        cwd=checkout, capture_output=True, text=True, env=environment, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (checkout / "demo_out" / "demo.png").exists()
+    if not torch.cuda.is_available():
+        assert result.stdout.endswith(blocks("text")[0])
+
+
+@pytest.mark.parametrize("name", DOCTESTED)
+def test_examples_in_docstrings(name: str) -> None:
+    module = importlib.import_module(name)
+    failures, tried = doctest.testmod(module, optionflags=doctest.ELLIPSIS, extraglobs=None)
+    assert failures == 0
+    if name == "nsa_sel.api":
+        assert tried > 0
+
+
+def test_public_functions_have_an_example() -> None:
+    for name in nsa_sel.__all__:
+        public = getattr(nsa_sel, name)
+        if callable(public) and not isinstance(public, type) and name not in ("refresh_routing", "reset_stats"):
+            assert ">>> " in (public.__doc__ or ""), f"{name}: expected an example in its docstring"
+
+
+def test_commands_of_the_readme_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"demo", "test", "test-full", "wheel", "lint", "bench", "clean"} <= targets
+    assert set(re.findall(r"`make ([a-z-]+)`", README)) <= targets
+    commands = set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+    assert set(re.findall(r"`nsa-sel ([a-z]+)", README)) == commands
+
+
+def test_the_table_of_kernels_is_the_table_of_instances() -> None:
+    rows = re.findall(r"^\| (float16|bfloat16) \| (.+) \| 1 to (\d+) \|$", section("Which backend runs"), re.MULTILINE)
+    told = {(dtype, *map(int, pair.split("/"))) for dtype, pairs, _ in rows for pair in pairs.split(", ")}
+    header = (ROOT / "cpp" / "instances.h").read_text()
+    compiled = {tuple(map(int, pair)) for pair in re.findall(r"X\(dtype, (\d+), (\d+)\)", header)}
+    assert told == {(dtype, *pair) for dtype in ("float16", "bfloat16") for pair in compiled}
+    build = nsa_sel.build_info()
+    if build["kernels"]:
+        assert told == {(one["dtype"], one["Dk"], one["Dv"]) for one in build["instances"]}
+        assert {int(most) for *_, most in rows} == {max(one["head_tile"] for one in build["instances"])}
+
+
+def test_every_variable_is_in_the_readme() -> None:
+    sources = [*ROOT.glob("src/**/*.py"), *ROOT.glob("cmake/*.cmake"), ROOT / "CMakeLists.txt"]
+    # Read from the environment or given to CMake; the rest of the upper-case names are macros of the C++ code.
+    used = {name for path in sources for name in re.findall(r"\bNSA_SEL_[A-Z_]+\b", path.read_text(encoding="utf-8"))}
+    macros = {"NSA_SEL_HAS_KERNELS", "NSA_SEL_NO_KERNELS_REASON", "NSA_SEL_CUDA_VERSION", "NSA_SEL_VERSION"}
+    assert used - macros == set(re.findall(r"\bNSA_SEL_[A-Z_]+\b", README))
+
+
+def test_the_list_of_files_is_complete_and_has_no_ghosts() -> None:
+    listed: set[str] = set()
+    for cell in re.findall(r"^\| (`[^|]+`) \|", section("Files"), re.MULTILINE):
+        folder = ""
+        for path in re.findall(r"`([^`]+)`", cell):
+            # `a/b.py`, `c.py`: the second stands beside the first, unless it is found from the root
+            path = folder + path if (ROOT / (folder + path)).exists() else path
+            folder = path.rstrip("/").rpartition("/")[0] + "/" if "/" in path.rstrip("/") else ""
+            assert (ROOT / path).exists(), path
+            listed.add(path.rstrip("/"))
+    outputs = {".git", ".venv", "build", "dist", "demo_out", "bench_out", ".benchmarks", ".hypothesis"}
+    unlisted = {"README.md", ".gitignore", ".clang-format", ".pre-commit-config.yaml"}
+    top = {path.name for path in ROOT.iterdir() if not path.name.endswith("_cache")} - outputs - unlisted
+    covered = {path.split("/")[0] for path in listed}
+    assert top - covered == set()
+    package = {path.name for path in (ROOT / "src" / "nsa_sel").iterdir() if not path.name.startswith("__")}
+    in_package = {path.split("/")[2] for path in listed if path.startswith("src/nsa_sel/")}
+    assert {name for name in package if not name.endswith((".so", ".typed"))} - in_package == set()
+
+
+def test_pins_of_the_formatters_agree() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8")
+    for tool in ("ruff", "clang-format"):
+        (pin,) = re.findall(rf"\"{tool}==([\d.]+)", project)
+        assert set(re.findall(rf"\[{tool}==([\d.]+)\]", hooks)) == {pin}
