@@ -1,0 +1,211 @@
+"""Timing a decode step: each stage inside one step, the whole step apart from that, and proof of what ran."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nsa_sel.backends import sdpa
+from nsa_sel.measure import schema
+from nsa_sel.measure.bench import figure
+from nsa_sel.measure.clock import ModeError, median_interval, one_thread, quantiles
+from nsa_sel.measure.decode_step import DecodeStep
+from nsa_sel.measure.environment import device_columns
+from nsa_sel.measure.schema import STAGES
+from nsa_sel.measure.timed import counts, proof
+
+CPU_SAMPLE_MS = 100.0
+Sample = Callable[[], list[float]]  # milliseconds of each stage, or of the whole step alone
+Pair = Callable[[], tuple[list[float], float]]  # milliseconds of each stage of one step, and of another step as a whole
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Samples in milliseconds: by stage, of the whole step, and what ran the selection."""
+
+    stages: dict[str, list[float]]
+    step: list[float]
+    ran: str
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Median of each stage over the median of the step; never made to add up to 1."""
+        whole = quantiles(self.step)[0]
+        return {stage: quantiles(values)[0] / whole for stage, values in self.stages.items()}
+
+    @property
+    def residual(self) -> float:
+        """The part of the step that no stage accounts for; below 0 where the stages take more than the step."""
+        return 1 - sum(self.shares.values())
+
+
+def time_step(step: DecodeStep, mode: str, device: torch.device, iters: int, warmup: int) -> StepTimes:
+    """Time `iters` steps with marks between the stages and `iters` without, in turns: both see the same machine.
+
+    Raises:
+        ModeError: the device does not have this mode.
+    """
+    if mode not in ("eager", "graph") or (mode == "graph" and device.type != "cuda"):
+        raise ModeError(f"mode: expected eager, or graph on a CUDA device, got {mode!r} on {device.type}")
+    before, calls = counts(), step.select_calls
+    with one_thread(device):
+        pair = _pair(step, mode, device, max(1, warmup))
+        for _ in range(warmup):
+            pair()
+        pairs = [pair() for _ in range(iters)]
+    calls = step.select_calls - calls
+    ran = proof(step.backend, before, counts(), calls) if calls else ""
+    stages = {stage: [parts[index] for parts, _ in pairs] for index, stage in enumerate(STAGES)}
+    return StepTimes(stages, [whole for _, whole in pairs], ran)
+
+
+def rows_of(step: DecodeStep, times: StepTimes, device: torch.device) -> list[dict[str, Any]]:
+    """Return the rows of decode.csv of one step: the selection under its backend, the other stages under torch."""
+    rows = []
+    for stage in STAGES:
+        median, low, high = quantiles(times.stages[stage])
+        backend, ran = (step.backend, times.ran) if stage == "select" else (schema.TORCH, schema.TORCH)
+        rows.append(
+            {
+                "B": step.batch,
+                "context": step.context,
+                "stage": stage,
+                "ms_median": figure(median),
+                "ms_p20": figure(low),
+            }
+            | {"ms_p80": figure(high), "share": figure(times.shares[stage]), "backend": backend}
+            | {"ran": "" if stage in step.left_out else ran, **device_columns(device)}
+        )
+    return rows
+
+
+def facts_of(step: DecodeStep, times: StepTimes) -> dict[str, Any]:
+    """Return what decode.csv has no column for: the step, the residual, intervals, bytes and tokens read."""
+    shape = step.shape
+    gathered = sdpa.counters().gathered_bytes
+    reads = step.count_reads()
+    gathered = sdpa.counters().gathered_bytes - gathered
+    row = step.batch * shape.G
+    tokens = {
+        "compressed": step.k_cmp.shape[2],
+        "selected": step.selected_tokens() / row,
+        "window": step.k_win.shape[2],
+    }
+    return {
+        "B": step.batch,
+        "context": step.context,
+        "step_ms": quantiles(times.step)[0],
+        "step_ms_ci95": median_interval(times.step),
+        "stage_ms_ci95": {stage: median_interval(values) for stage, values in times.stages.items()},
+        "residual": times.residual,
+        "bytes_read": reads,
+        "bytes_gathered_by_sdpa": gathered,
+        "tokens_read_per_group": tokens | {"all": sum(tokens.values())},
+        # The paper's own count (table 4), from the lengths alone: something to hold the counted ones against.
+        "tokens_by_the_paper": context_tokens(step.context),
+        "sparse": step.context > shape.dense_until(),
+    }
+
+
+def context_tokens(context: int) -> int:
+    """Return the tokens that one step reads per group by the paper's count: compressed, selected and window.
+
+    >>> [context_tokens(context) for context in (8192, 16384, 32768, 65536)]
+    [2048, 2560, 3584, 5632]
+    """
+    return context // 16 + min(1024, context) + min(512, context)
+
+
+def _pair(step: DecodeStep, mode: str, device: torch.device, warmup: int) -> Pair:
+    if device.type != "cuda":
+        return _cpu_pair(step)
+    if mode == "eager":
+        staged, whole = _eager_sampler(step, device, len(STAGES) + 1), _eager_sampler(step, device, 0)
+    else:
+        staged, whole = _graph_sampler(step, device, warmup, len(STAGES) + 1), _graph_sampler(step, device, warmup, 0)
+    return lambda: (staged(), whole()[0])
+
+
+def _cpu_pair(step: DecodeStep) -> Pair:
+    """Return a sampler that averages over so many steps of both kinds, in turns, that they last CPU_SAMPLE_MS together.
+
+    A single step of a few milliseconds is either hit by the scheduler or not, and medians of such times do not add
+    up: the step's holds a stall when those of its shorter stages hold none.
+    """
+    started = time.perf_counter()
+    step.run()
+    started, first = time.perf_counter(), time.perf_counter() - started
+    step.run()
+    once = min(first, time.perf_counter() - started)  # the first step of all also pays for what is set up lazily
+    repeats = max(1, round(CPU_SAMPLE_MS / 2e3 / once))
+
+    def sample() -> tuple[list[float], float]:
+        parts, whole = [0.0] * len(STAGES), 0.0
+        for _ in range(repeats):
+            stamps: list[float] = []
+            step.run(lambda _, stamps=stamps: stamps.append(time.perf_counter()))  # type: ignore[misc]
+            for index in range(len(STAGES)):
+                parts[index] += stamps[index + 1] - stamps[index]
+            start = time.perf_counter()
+            step.run()
+            whole += time.perf_counter() - start
+        return [part * 1e3 / repeats for part in parts], whole * 1e3 / repeats
+
+    return sample
+
+
+def _flush(device: torch.device) -> Callable[[], Any]:
+    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.empty(max(size, 1 << 20), dtype=torch.int8, device=device).zero_
+
+
+def _eager_sampler(step: DecodeStep, device: torch.device, marks: int) -> Sample:
+    flush = _flush(device)
+
+    def sample() -> list[float]:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(marks or 2)]
+        flush()  # other layers would have pushed this one's caches out of L2
+        torch.cuda.synchronize(device)
+        if marks:
+            step.run(lambda index: events[index].record())
+        else:
+            events[0].record()
+            step.run()
+            events[1].record()
+        torch.cuda.synchronize(device)
+        return [start.elapsed_time(end) for start, end in itertools.pairwise(events)]
+
+    return sample
+
+
+def _graph_sampler(step: DecodeStep, device: torch.device, warmup: int, marks: int) -> Sample:
+    flush = _flush(device)
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):  # lazy set-up must not fall into the capture
+        for _ in range(warmup):
+            step.run()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # External events become nodes of the graph and are recorded by every replay; others would only order its streams.
+    events = [torch.cuda.Event(enable_timing=True, external=bool(marks)) for _ in range(marks or 2)]
+    with torch.cuda.graph(graph):
+        step.run((lambda index: events[index].record()) if marks else None)
+
+    def sample() -> list[float]:
+        flush()
+        if marks:
+            graph.replay()
+        else:
+            events[0].record()
+            graph.replay()
+            events[1].record()
+        torch.cuda.synchronize(device)
+        return [start.elapsed_time(end) for start, end in itertools.pairwise(events)]
+
+    return sample

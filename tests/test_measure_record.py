@@ -1,0 +1,109 @@
+"""What a judgement leaves behind: a record of what decided, and a policy that missing data does not change."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nsa_sel import policy
+from nsa_sel.errors import PolicyError
+from nsa_sel.measure.gate import Judgement, judge
+from nsa_sel.measure.record import decision_record, write_atomically, write_policy, write_record
+from nsa_sel.measure.rules import load_rules
+from tests.data.planted import DEVICE, LENGTHS, bench, cell, decode, write
+
+
+def _pass(folder: Path) -> Judgement:
+    return judge(*write(folder, bench({64: 1.0, 256: 2.0, 1024: 2.0})), load_rules())
+
+
+def _fail(folder: Path) -> Judgement:
+    return judge(*write(folder, bench(dict.fromkeys(LENGTHS, 1.05))), load_rules())
+
+
+def _not_measured(folder: Path) -> Judgement:
+    return judge(*write(folder, cell(bench(), "ran", "sdpa", backend="cuda")), load_rules())
+
+
+def test_a_pass_turns_the_kernel_on_from_its_threshold(tmp_path: Path) -> None:
+    path = tmp_path / "sub" / "policy.json"
+    assert write_policy(_pass(tmp_path), path) is not None
+    assert policy.load(path).rule(DEVICE, "cuda") == policy.Rule(enabled=True, min_l=256)
+
+
+def test_a_fail_turns_the_kernel_off(tmp_path: Path) -> None:
+    path = tmp_path / "policy.json"
+    write_policy(_fail(tmp_path), path)
+    rule = policy.load(path).rule(DEVICE, "cuda")
+    assert rule is not None
+    assert rule.enabled is False
+
+
+def test_missing_data_turns_nothing_on_and_nothing_off(tmp_path: Path) -> None:
+    path = tmp_path / "policy.json"
+    assert write_policy(_not_measured(tmp_path), path) is None
+    assert not path.exists()
+    write_policy(_pass(tmp_path), path)
+    before = path.read_bytes()
+    assert write_policy(_not_measured(tmp_path), path) is None
+    assert path.read_bytes() == before
+
+
+def test_other_devices_and_backends_keep_their_rules(tmp_path: Path) -> None:
+    path = tmp_path / "policy.json"
+    other = policy.Policy({"NVIDIA A100": {"cuda": policy.Rule(True, 64)}, DEVICE: {"triton": policy.Rule(False, 7)}})
+    policy.save(other, path)
+    write_policy(_pass(tmp_path), path)
+    after = policy.load(path)
+    assert after.rule("NVIDIA A100", "cuda") == policy.Rule(True, 64)
+    assert after.rule(DEVICE, "triton") == policy.Rule(False, 7)
+    assert after.rule(DEVICE, "cuda") == policy.Rule(True, 256)
+
+
+def test_a_file_that_is_no_policy_is_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "policy.json"
+    path.write_text("{}")
+    with pytest.raises(PolicyError):
+        write_policy(_pass(tmp_path), path)
+    assert path.read_text() == "{}"
+
+
+@pytest.mark.parametrize("make", [_pass, _fail, _not_measured])
+def test_record_has_its_parts_and_what_decided(tmp_path: Path, make) -> None:  # type: ignore[no-untyped-def]
+    judgement = make(tmp_path)
+    (tmp_path / "bench.json").write_text(json.dumps({"environment": {"driver": "580.12", "tf32": False}}))
+    path = write_record(judgement, tmp_path / "records")
+    text = path.read_text()
+    assert path.name == "decision-nvidia-h100-80gb-hbm3-cuda.md"
+    headings = [line for line in text.splitlines() if line.startswith("#")]
+    assert headings == [
+        f"# {DEVICE} (SM 90), backend `cuda`: {judgement.verdict}",
+        "## Context",
+        "## Findings",
+        "## Decision",
+        "## Consequences",
+        "## How to re-measure",
+    ]
+    assert "- driver: 580.12" in text
+    assert "FlashAttention and the other peers are measured beside the kernel and are never routed to" in text
+    for gate in judgement.gates.values():
+        assert gate.reason in text
+
+
+def test_record_shows_the_rows_that_decided(tmp_path: Path) -> None:
+    text = decision_record(judge(*write(tmp_path, None, decode({1: (0.1, 0.2, 0.3)})), load_rules()))
+    assert "Rows that decided `share`" in text
+    assert "| 0.1 |" in text
+    assert "Rows that decided `roi` (9" not in text  # all nine are shown
+    assert "**FAIL.**" in text
+
+
+def test_files_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "page.md"
+    path.write_text("old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "new \ud800")
+    assert path.read_text() == "old"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["page.md"]
