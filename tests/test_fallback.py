@@ -1,0 +1,137 @@
+"""The public function around routing, with a pretended GPU: refused launches, warnings, switches, the policy file."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import nsa_sel
+from nsa_sel import _build, api, backends
+from nsa_sel.backends import sdpa
+from nsa_sel.errors import KernelLaunchError
+from nsa_sel.policy import save
+from nsa_sel.problem import Call, Problem
+from nsa_sel.routing import BuildInfo, DeviceInfo
+from tests.test_routing import BUILD, H200, NO_KERNELS, OFF, small_call
+
+
+class FakeKernels:
+    """A kernel backend that refuses its first launches and otherwise lets packed SDPA compute."""
+
+    def __init__(self, refusals: int = 0, error: type[Exception] = KernelLaunchError) -> None:
+        self.refusals, self.error, self.launches = refusals, error, 0
+
+    def unavailable(self, problem: Problem) -> str | None:
+        return None
+
+    def run(self, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
+        self.launches += 1
+        if self.launches <= self.refusals:
+            raise self.error("too many resources requested for launch")
+        return sdpa.forward(call)
+
+
+@pytest.fixture
+def pretend(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Make this machine look as if the CPU tensors of a call lay on an H200."""
+
+    def install(kernels: FakeKernels, build: BuildInfo = BUILD, device: DeviceInfo = H200) -> None:
+        real_find, real_check = backends.find, api.check
+        monkeypatch.setattr(backends, "find", lambda name: kernels if name == "cuda" else real_find(name))
+        monkeypatch.setattr(_build, "routing_build", lambda: build)
+        monkeypatch.setattr(_build, "device_info", lambda index: device)
+
+        def check_on_gpu(*arguments: Any, **keywords: Any) -> Call:
+            call = real_check(*arguments, **keywords)
+            call.problem = call.problem._replace(device_type="cuda")
+            return call
+
+        monkeypatch.setattr(api, "check", check_on_gpu)
+
+    return install
+
+
+def test_a_call_is_counted_after_it_ran(pretend: Any) -> None:
+    kernels = FakeKernels()
+    pretend(kernels)
+    assert nsa_sel.explain(**small_call()) == ("cuda", "not measured here")
+    assert (kernels.launches, nsa_sel.stats()) == (0, {})
+    nsa_sel.selection_attention(**small_call())
+    assert (kernels.launches, nsa_sel.stats()) == (1, {"cuda": {"not measured here": 1}})
+
+
+def test_a_refused_launch_falls_back_once_warned_and_remembered(pretend: Any) -> None:
+    kernels = FakeKernels(refusals=9)
+    pretend(kernels)
+    reason = "kernel bf16_128x128_h8 was refused at launch on this device before"
+    with pytest.warns(RuntimeWarning, match="bf16_128x128_h8 was refused.*too many resources"):
+        out = nsa_sel.selection_attention(**small_call())
+    assert isinstance(out, torch.Tensor)
+    assert nsa_sel.stats() == {"sdpa": {reason: 1}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nsa_sel.selection_attention(**small_call())
+    assert kernels.launches == 1, "the refused kernel was tried again"
+    assert nsa_sel.explain(**small_call()) == ("sdpa", reason)
+    assert nsa_sel.stats() == {"sdpa": {reason: 2}}
+
+
+def test_a_refused_launch_raises_where_the_kernel_was_forced(pretend: Any) -> None:
+    pretend(FakeKernels(refusals=1))
+    with pytest.raises(nsa_sel.KernelLaunchError, match="too many resources"):
+        nsa_sel.selection_attention(**small_call(), backend="cuda")
+    assert nsa_sel.stats() == {}
+    assert nsa_sel.explain(**small_call()).backend == "cuda", "a forced call decided for later ones"
+
+
+def test_a_sticky_error_is_never_swallowed(pretend: Any) -> None:
+    pretend(FakeKernels(refusals=1, error=RuntimeError))
+    with pytest.raises(RuntimeError, match="too many resources"):
+        nsa_sel.selection_attention(**small_call())
+    assert nsa_sel.stats() == {}
+
+
+def test_no_kernels_on_a_gpu_warns_once(pretend: Any) -> None:
+    pretend(FakeKernels(), build=NO_KERNELS)
+    with pytest.warns(RuntimeWarning, match=r"no kernels \(no CUDA compiler was found\)"):
+        nsa_sel.selection_attention(**small_call())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        nsa_sel.selection_attention(**small_call())
+    assert nsa_sel.stats() == {"sdpa": {"this build has no kernels: no CUDA compiler was found": 2}}
+
+
+def test_variables_are_read_once_and_again_on_request(pretend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(FakeKernels())
+    assert nsa_sel.explain(**small_call()).backend == "cuda"
+    monkeypatch.setenv("NSA_SEL_CUDA", "0")
+    assert nsa_sel.explain(**small_call()).backend == "cuda"
+    nsa_sel.refresh_routing()
+    assert nsa_sel.explain(**small_call()) == ("sdpa", "NSA_SEL_CUDA=0")
+    with pytest.raises(nsa_sel.BackendError, match="NSA_SEL_CUDA=0"):
+        nsa_sel.selection_attention(**small_call(), backend="cuda")
+
+
+def test_the_policy_file_decides(pretend: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pretend(FakeKernels())
+    save(OFF, tmp_path / "policy.json")
+    monkeypatch.setenv("NSA_SEL_POLICY", str(tmp_path / "policy.json"))
+    nsa_sel.refresh_routing()
+    assert nsa_sel.explain(**small_call()) == ("sdpa", "policy: cuda is off on NVIDIA H200")
+    monkeypatch.setenv("NSA_SEL_POLICY", str(tmp_path / "missing.json"))
+    with pytest.raises(nsa_sel.PolicyError, match=r"missing\.json"):
+        nsa_sel.refresh_routing()
+    with pytest.raises(nsa_sel.PolicyError, match=r"missing\.json"):
+        nsa_sel.explain(**small_call())
+
+
+def test_the_users_own_policy_is_found(pretend: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pretend(FakeKernels())
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    save(OFF, tmp_path / "nsa_sel" / "policy.json")
+    nsa_sel.refresh_routing()
+    assert nsa_sel.explain(**small_call()).reason == "policy: cuda is off on NVIDIA H200"
