@@ -17,10 +17,12 @@ int trailing_zeros(uint64_t x) { return x == 0 ? 64 : __builtin_ctzll(x); }
 // Row offsets are 32-bit counts of units. 16 bytes a unit reach 64 GiB; a pool that interleaves many layers may be
 // wider, but then its strides have more factors of two, and so may the unit.
 int choose_unit_shift(const DecodeRequest& r) {
+  const int64_t tokens = r.page_size > 0 ? r.page_size : r.S_kv;
   int shift = 12;
   for (const int64_t* strides : {r.k_strides, r.v_strides}) {
-    shift = std::min(shift, trailing_zeros(uint64_t(strides[2]) * kElementBytes));
-    if (r.page_size > 0) shift = std::min(shift, trailing_zeros(uint64_t(strides[0]) * kElementBytes));
+    // Nobody steps along a dimension of one: its stride may be anything.
+    if (tokens > 1) shift = std::min(shift, trailing_zeros(uint64_t(strides[2]) * kElementBytes));
+    if (r.num_pages > 1) shift = std::min(shift, trailing_zeros(uint64_t(strides[0]) * kElementBytes));
   }
   return shift;
 }
@@ -49,6 +51,7 @@ int checked_int32(int64_t value, const char* name) {
 }  // namespace
 
 void DecodeLaunch::set_workspace(float* workspace) {
+  if (!needs_combine()) return;  // whole rows and clusters: both stay null, an offset from null would be undefined
   const int64_t parts = int64_t(plan.split_rows) * plan.num_splits * decode.h;
   decode.partial_o = workspace;
   decode.partial_ml = workspace + (plan.workspace_floats - 2 * parts);
@@ -58,13 +61,17 @@ void DecodeLaunch::set_workspace(float* workspace) {
 
 DecodeLaunch prepare_decode(const DecodeRequest& r, const DeviceLimits& device) {
   DecodeLaunch launch{};
-  launch.instance = find_instance(Dtype(r.dtype), int(r.Dk), int(r.Dv), int(std::min<int64_t>(r.h, 1 << 20)));
+  launch.instance =
+      find_instance(Dtype(r.dtype), int(r.Dk), int(r.Dv), int(std::min<int64_t>(r.h, 1 << 20)), Loads(r.loads));
   if (launch.instance < 0) {
     throw std::invalid_argument("q: expected dims and heads of a compiled instance, got Dk=" + std::to_string(r.Dk) +
                                 ", Dv=" + std::to_string(r.Dv) + ", h=" + std::to_string(r.h));
   }
+  if (Loads(r.loads) == Loads::kBulk && device.capability < 90) {
+    throw std::invalid_argument("loads: expected 'cp.async' below compute capability 9.0, got 'bulk'");
+  }
   const InstanceKey& key = kInstances[launch.instance];
-  const TileShape tile = tile_shape(key.Dk, key.Dv, key.head_tile);
+  const TileShape tile = tile_shape(key.Dk, key.Dv, key.head_tile, key.loads);
 
   DecodeParams& p = launch.decode;
   p.q = r.q, p.k = r.k, p.v = r.v, p.selection = r.selection;

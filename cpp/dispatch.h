@@ -25,6 +25,7 @@ struct DecodeRequest {
   int64_t index_is_64, causal;
   int64_t max_selected;                 // -1: unknown
   int64_t batch_invariant, num_splits;  // num_splits 0: choose
+  int64_t loads;                        // Loads
   int64_t q_strides[4];                 // b, s, g, h
   int64_t k_strides[3], v_strides[3];   // b or page, g, token
   int64_t out_strides[4];               // b, s, g, h

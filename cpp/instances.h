@@ -11,23 +11,35 @@ namespace nsa_sel {
 #define NSA_SEL_FOR_EACH_DIMS(X, dtype) \
   X(dtype, 64, 64) X(dtype, 64, 128) X(dtype, 128, 64) X(dtype, 128, 128) X(dtype, 192, 128)
 
+// Experiments beside them, at most four: bulk copies at the shapes of NSA and MiniMax-M3.
+#define NSA_SEL_FOR_EACH_BULK_DIMS(X) \
+  X(kFloat16, 128, 128) X(kFloat16, 192, 128) X(kBfloat16, 128, 128) X(kBfloat16, 192, 128)
+
 struct InstanceKey {
   Dtype dtype;
   int Dk, Dv, head_tile;
+  Loads loads;
 };
 
 inline constexpr InstanceKey kInstances[] = {
-#define NSA_SEL_KEYS(dtype, Dk, Dv) {Dtype::dtype, Dk, Dv, 16}, {Dtype::dtype, Dk, Dv, 32}, {Dtype::dtype, Dk, Dv, 64},
+#define NSA_SEL_KEY(dtype, Dk, Dv, head_tile) {Dtype::dtype, Dk, Dv, head_tile, Loads::kCpAsync},
+#define NSA_SEL_KEYS(dtype, Dk, Dv) \
+  NSA_SEL_KEY(dtype, Dk, Dv, 16) NSA_SEL_KEY(dtype, Dk, Dv, 32) NSA_SEL_KEY(dtype, Dk, Dv, 64)
+#define NSA_SEL_BULK_KEY(dtype, Dk, Dv) {Dtype::dtype, Dk, Dv, 16, Loads::kBulk},
     NSA_SEL_FOR_EACH_DIMS(NSA_SEL_KEYS, kFloat16) NSA_SEL_FOR_EACH_DIMS(NSA_SEL_KEYS, kBfloat16)
+        NSA_SEL_FOR_EACH_BULK_DIMS(NSA_SEL_BULK_KEY)
+#undef NSA_SEL_BULK_KEY
 #undef NSA_SEL_KEYS
+#undef NSA_SEL_KEY
 };
 inline constexpr int kNumInstances = int(sizeof(kInstances) / sizeof(kInstances[0]));
 
 // The index in kInstances of the smallest head tile that holds h heads, or -1.
-constexpr int find_instance(Dtype dtype, int Dk, int Dv, int h) {
+constexpr int find_instance(Dtype dtype, int Dk, int Dv, int h, Loads loads = Loads::kCpAsync) {
   for (int i = 0; i < kNumInstances; ++i) {
     const InstanceKey& key = kInstances[i];
-    if (key.dtype == dtype && key.Dk == Dk && key.Dv == Dv && h >= 1 && h <= key.head_tile) return i;
+    const bool same = key.dtype == dtype && key.Dk == Dk && key.Dv == Dv && key.loads == loads;
+    if (same && h >= 1 && h <= key.head_tile) return i;
   }
   return -1;
 }

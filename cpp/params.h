@@ -8,6 +8,9 @@ namespace nsa_sel {
 
 enum class Dtype : int32_t { kFloat16 = 0, kBfloat16 = 1 };
 
+// How tiles come into the ring. Bulk copies are an experiment: sm_90, chosen by name only.
+enum class Loads : int32_t { kCpAsync = 0, kBulk = 1 };
+
 // Byte offsets of one block's shared memory, worked out by cpp/tile_shape.h for a given h and number of ring slots.
 struct SmemLayout {
   uint32_t slots;     // ring of K and V tiles, num_slots * slot_bytes; 1024-byte aligned

@@ -23,10 +23,12 @@ constexpr int kSegmentHeaderBytes = 32;
 
 struct TileShape {
   int Dk, Dv;
-  int head_tile;      // most heads that the instance takes
-  int head_warps;     // consumer warps that split the heads ...
-  int token_warps;    // ... and the tokens (pass 1) or the columns of V (pass 2)
-  int units;          // units of 8 heads a warp holds
+  int head_tile;    // most heads that the instance takes
+  int head_warps;   // consumer warps that split the heads ...
+  int token_warps;  // ... and the tokens (pass 1) or the columns of V (pass 2)
+  int units;        // units of 8 heads a warp holds
+  Loads loads;
+  int row_padding;    // bytes behind a row in a slot: 0 where rows are swizzled slabs
   int slot_bytes;     // one ring slot
   int rows_k;         // K rows in a slot
   int rows_v;         // V rows in a slot
@@ -39,8 +41,13 @@ constexpr int gcd(int a, int b) { return b == 0 ? a : gcd(b, a % b); }
 // 16 heads: four warps split the tokens of a 64-row tile and each holds all heads. 32 and 64 heads: two warps split the
 // tokens of a 32-row tile and two the heads, which halves a thread's share of O and logits per tile, the slot (so that
 // two fit beside Q and P in 99 KB) and the number of times Q is read from shared memory.
-constexpr TileShape tile_shape(int Dk, int Dv, int head_tile) {
+//
+// A bulk copy moves a row as one piece and cannot swizzle it: 16 bytes of padding a row then keep ldmatrix free of bank
+// conflicts.
+constexpr TileShape tile_shape(int Dk, int Dv, int head_tile, Loads loads = Loads::kCpAsync) {
   TileShape t{};
+  t.loads = loads;
+  t.row_padding = loads == Loads::kBulk ? 16 : 0;
   t.Dk = Dk;
   t.Dv = Dv;
   t.head_tile = head_tile;
@@ -48,9 +55,11 @@ constexpr TileShape tile_shape(int Dk, int Dv, int head_tile) {
   t.token_warps = kConsumerWarps / t.head_warps;
   t.units = head_tile / 8 / t.head_warps;
   const int base_rows = 16 * t.token_warps;
-  t.slot_bytes = base_rows * (Dk > Dv ? Dk : Dv) * 2;
-  t.rows_k = t.slot_bytes / (2 * Dk);
-  t.rows_v = t.slot_bytes / (2 * Dv);
+  const int data_bytes = base_rows * (Dk > Dv ? Dk : Dv) * 2;
+  t.rows_k = data_bytes / (2 * Dk);
+  t.rows_v = data_bytes / (2 * Dv);
+  const int padding = t.row_padding * (t.rows_k > t.rows_v ? t.rows_k : t.rows_v);
+  t.slot_bytes = (data_bytes + padding + 127) / 128 * 128;
   const int step = t.rows_k / gcd(t.rows_k, t.rows_v) * t.rows_v;
   const int wanted = 4096 / head_tile;  // 32 registers of logits a thread
   t.segment = wanted / step > 0 ? wanted / step * step : step;

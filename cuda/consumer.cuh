@@ -86,7 +86,8 @@ struct Consumer {
       uint32_t a[2][4];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        dev::ldmatrix_x4(a[i], tile + slab_offset(kRowsK, row0 + (lane & 15), 4 * j + 2 * i + (lane >> 4)));
+        dev::ldmatrix_x4(
+            a[i], tile + tile_offset<Traits, Traits::kDk, kRowsK>(row0 + (lane & 15), 4 * j + 2 * i + (lane >> 4)));
       }
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
@@ -230,7 +231,8 @@ struct Consumer {
     for (int c = 0; c < Traits::kColumnTiles; ++c) {
       const int chunk = (token_warp * Traits::kColumnTiles + c) * 2 + ((lane >> 3) & 1);
       uint32_t a[4];
-      dev::ldmatrix_x4_trans(a, tile + slab_offset(kRowsV, row0 + (lane >> 4) * 8 + (lane & 7), chunk));
+      dev::ldmatrix_x4_trans(
+          a, tile + tile_offset<Traits, Traits::kDv, kRowsV>(row0 + (lane >> 4) * 8 + (lane & 7), chunk));
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
         if (has_unit(u)) dev::mma_m16n8k16<T>(o[c][u], a, b[u][0], b[u][1]);

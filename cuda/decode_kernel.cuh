@@ -18,7 +18,7 @@ template <class Traits>
 __device__ __forceinline__ void init_barriers(const DecodeParams& p, const SharedViews<Traits>& smem) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < p.smem.num_slots; ++i) {
-      dev::mbarrier_init(smem.slot_full + i, 32 * kLoaderWarps);  // every loading lane arrives when its copies land
+      dev::mbarrier_init(smem.slot_full + i, Traits::kBulk ? 1 : 32 * kLoaderWarps);  // cp.async: every lane arrives
       dev::mbarrier_init(smem.slot_empty + i, kConsumerWarps);
     }
     for (int i = 0; i < kMapSlots; ++i) {
@@ -27,6 +27,7 @@ __device__ __forceinline__ void init_barriers(const DecodeParams& p, const Share
     }
     dev::mbarrier_init(smem.q_full, 32);
     dev::mbarrier_init(smem.q_empty, kConsumerWarps);
+    if constexpr (Traits::kBulk) dev::fence_barrier_init();  // the copy engine must see them as well
   }
   __syncthreads();
 }

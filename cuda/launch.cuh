@@ -17,24 +17,25 @@ struct ElementOf<Dtype::kBfloat16> {
   using type = __nv_bfloat16;
 };
 
-template <Dtype kDtype, int kDk, int kDv, int kHeadTile>
+template <Dtype kDtype, int kDk, int kDv, int kHeadTile, Loads kLoads>
 int launch_decode(const DecodeParams& params, int grid, int cluster, void* stream) {
-  using Traits = DecodeTraits<typename ElementOf<kDtype>::type, kDk, kDv, kHeadTile>;
+  using Traits = DecodeTraits<typename ElementOf<kDtype>::type, kDk, kDv, kHeadTile, kLoads>;
   const dev::LaunchShape shape{unsigned(grid), Traits::kThreads, params.smem.total, unsigned(cluster), false};
   const int error = dev::configure_kernel<decode_kernel<Traits>>();
   return error != 0 ? error : dev::launch_kernel(decode_kernel<Traits>, shape, params, stream);
 }
 
-template <Dtype kDtype, int kDk, int kDv, int kHeadTile>
+template <Dtype kDtype, int kDk, int kDv, int kHeadTile, Loads kLoads>
 int decode_blocks_per_sm(int smem_bytes, int* out) {
-  using Traits = DecodeTraits<typename ElementOf<kDtype>::type, kDk, kDv, kHeadTile>;
+  using Traits = DecodeTraits<typename ElementOf<kDtype>::type, kDk, kDv, kHeadTile, kLoads>;
   const int error = dev::configure_kernel<decode_kernel<Traits>>();
   return error != 0 ? error : dev::blocks_per_sm(decode_kernel<Traits>, Traits::kThreads, unsigned(smem_bytes), out);
 }
 
 // One line in instances/ per compiled kernel.
-#define NSA_SEL_INSTANTIATE_DECODE(dtype, Dk, Dv, head_tile)                                              \
-  template int launch_decode<Dtype::dtype, Dk, Dv, head_tile>(const DecodeParams&, int grid, int, void*); \
-  template int decode_blocks_per_sm<Dtype::dtype, Dk, Dv, head_tile>(int smem_bytes, int* out);
+#define NSA_SEL_INSTANTIATE_DECODE(dtype, Dk, Dv, head_tile, loads)                                             \
+  template int launch_decode<Dtype::dtype, Dk, Dv, head_tile, Loads::loads>(const DecodeParams&, int grid, int, \
+                                                                            void*);                             \
+  template int decode_blocks_per_sm<Dtype::dtype, Dk, Dv, head_tile, Loads::loads>(int smem_bytes, int* out);
 
 }  // namespace nsa_sel

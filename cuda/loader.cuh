@@ -4,40 +4,103 @@
 
 namespace nsa_sel::loader {
 
-// One tile of `rows` rows of D elements into a slot. Four rows and one 128-byte slab an instruction: a row's slab is
-// one full line of global memory. Rows behind the last valid one are zeros up to whole MMA tiles: stale bits there
-// could be NaN, and 0 * NaN would reach the sum.
-template <int D, int kRows>
-__device__ __forceinline__ void load_tile(unsigned char* slot, const unsigned char* base, const uint32_t* map,
-                                          int valid, int unit_shift, int loader_warp) {
+// One tile of up to kRows rows of D elements into a slot. Rows behind the last valid one, and rows whose page does not
+// exist, become zeros up to whole MMA tiles: stale bits there could be NaN, and 0 * NaN would reach the sum.
+struct Tile {
+  unsigned char* slot;
+  const unsigned char* base;
+  const uint32_t* map;  // of the tile's first row
+  int valid;            // rows that the segment still has
+  uint32_t unit;        // bytes of one step of an offset
+  __device__ __forceinline__ int filled_rows(int rows) const { return min((valid + 15) / 16 * 16, rows); }
+  __device__ __forceinline__ uint32_t offset(int row) const { return row < valid ? dev::load(map + row) : kNoRow; }
+  __device__ __forceinline__ const unsigned char* row_address(uint32_t offset) const {
+    return base + uint64_t(offset) * unit;
+  }
+};
+
+// cp.async: four rows and one 128-byte slab an instruction, so that a row's slab is one full line of global memory.
+// What counts here is instructions a row, because one warp feeds the ring: map entries come into registers first
+// (behind a copy, each would cost its latency again), and eight rows at a time leave two swizzle patterns and immediate
+// offsets.
+template <class Traits, int D, int kRows>
+__device__ __forceinline__ void copy_by_threads(const Tile& tile, uint64_t* full, int loader_warp) {
+  constexpr int kOctets = kRows / 8 / kLoaderWarps;
+  static_assert(kOctets * 8 * kLoaderWarps == kRows, "loader warps share a tile's rows evenly");
   const int lane = threadIdx.x & 31;
-  const int row_in_group = lane >> 3, chunk = lane & 7;
-  const int stop = min((valid + 15) / 16 * 16, kRows);
-#pragma unroll 4
-  for (int group = loader_warp; group * 4 < stop; group += kLoaderWarps) {
-    const int row = group * 4 + row_in_group;
-    const uint32_t offset = row < valid ? dev::load(map + row) : kNoRow;
-    const bool present = offset != kNoRow;
-    const unsigned char* src = base + (present ? uint64_t(offset) << unit_shift : 0) + chunk * 16;
-    unsigned char* dst = slot + slab_offset(kRows, row, chunk);
+  const int chunk = lane & 7, quad_row = lane >> 3;
+  uint32_t offsets[kOctets][2];
 #pragma unroll
-    for (int slab = 0; slab < D / 64; ++slab) {
-      dev::cp_async_16(dst + slab * kRows * 128, src + slab * 128, present);
+  for (int i = 0; i < kOctets; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      offsets[i][half] = tile.offset((loader_warp + i * kLoaderWarps) * 8 + half * 4 + quad_row);
     }
+  const int stop = tile.filled_rows(kRows);
+  const unsigned char* base = tile.base + chunk * 16;
+#pragma unroll
+  for (int i = 0; i < kOctets; ++i) {
+    const int row = (loader_warp + i * kLoaderWarps) * 8;
+    if (row >= stop) break;  // stop is a multiple of 16
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const bool present = offsets[i][half] != kNoRow;
+      const unsigned char* src = base + uint64_t(present ? offsets[i][half] : 0u) * tile.unit;
+      unsigned char* dst = tile.slot + row * 128 + slab_offset(kRows, half * 4 + quad_row, chunk);
+#pragma unroll
+      for (int slab = 0; slab < D / 64; ++slab) {
+        dev::cp_async_16(dst + slab * kRows * 128, src + slab * 128, present);
+      }
+    }
+  }
+  dev::cp_async_arrive(full);
+}
+
+// Bulk copies: a lane moves a whole row with one instruction.
+template <class Traits, int D, int kRows>
+__device__ __forceinline__ void copy_by_engine(const Tile& tile, uint64_t* full) {
+  constexpr int kRounds = (kRows + 31) / 32;
+  const int lane = threadIdx.x & 31, stop = tile.filled_rows(kRows);
+  uint32_t offsets[kRounds];
+  int present = 0;
+#pragma unroll
+  for (int i = 0; i < kRounds; ++i) {
+    const int row = i * 32 + lane;
+    offsets[i] = tile.offset(row);
+    present += __popc(__ballot_sync(0xffffffffu, offsets[i] != kNoRow));
+    if (row < stop && offsets[i] == kNoRow) {
+      for (int chunk = 0; chunk < D / 8; ++chunk) {
+        dev::store(reinterpret_cast<uint4*>(tile.slot + tile_offset<Traits, D, kRows>(row, chunk)), uint4{0, 0, 0, 0});
+      }
+      dev::fence_proxy_async();  // a later tile's bulk copy into these rows must not pass the zeros
+    }
+  }
+  __syncwarp();  // the arrival releases every lane's zeros
+  if (lane == 0) dev::mbarrier_arrive_expect_tx(full, uint32_t(present) * D * 2);
+#pragma unroll
+  for (int i = 0; i < kRounds; ++i) {
+    if (offsets[i] == kNoRow) continue;
+    const int row = i * 32 + lane;
+    dev::bulk_copy_g2s(tile.slot + tile_offset<Traits, D, kRows>(row, 0), tile.row_address(offsets[i]), D * 2, full);
   }
 }
 
 template <class Traits>
 __device__ __forceinline__ void run(const DecodeParams& p, const SharedViews<Traits>& smem, int loader_warp) {
+  static_assert(!Traits::kBulk || kLoaderWarps == 1, "one warp announces the bytes of a tile");
+  const uint32_t unit = 1u << p.unit_shift;
   RingCursor slot, segment;
   const auto load_tiles = [&](auto dims, auto rows, uint64_t base, const uint32_t* map, int tokens) {
     constexpr int kD = decltype(dims)::value, kRows = decltype(rows)::value;
     for (int first = 0; first < tokens; first += kRows) {
       dev::mbarrier_wait(smem.slot_empty + slot.slot, slot.phase ^ 1);
-      load_tile<kD, kRows>(smem.slots + slot.slot * Traits::kTile.slot_bytes,
-                           reinterpret_cast<const unsigned char*>(base), map + first, min(tokens - first, kRows),
-                           p.unit_shift, loader_warp);
-      dev::cp_async_arrive(smem.slot_full + slot.slot);
+      const Tile tile{smem.slots + slot.slot * Traits::kTile.slot_bytes, reinterpret_cast<const unsigned char*>(base),
+                      map + first, min(tokens - first, kRows), unit};
+      if constexpr (Traits::kBulk) {
+        copy_by_engine<Traits, kD, kRows>(tile, smem.slot_full + slot.slot);
+      } else {
+        copy_by_threads<Traits, kD, kRows>(tile, smem.slot_full + slot.slot, loader_warp);
+      }
       slot.advance(p.smem.num_slots);
     }
   };
@@ -53,7 +116,7 @@ __device__ __forceinline__ void run(const DecodeParams& p, const SharedViews<Tra
     if ((threadIdx.x & 31) == 0) dev::mbarrier_arrive(smem.map_empty + segment.slot);
     segment.advance(kMapSlots);
   }
-  dev::cp_async_wait_all();  // a thread must not exit with copies in flight
+  if constexpr (!Traits::kBulk) dev::cp_async_wait_all();  // a thread must not exit with copies in flight
 }
 
 }  // namespace nsa_sel::loader

@@ -6,10 +6,11 @@
 
 namespace nsa_sel {
 
-template <class T_, int kDk_, int kDv_, int kHeadTile>
+template <class T_, int kDk_, int kDv_, int kHeadTile, Loads kLoads = Loads::kCpAsync>
 struct DecodeTraits {
   using T = T_;
-  static constexpr TileShape kTile = tile_shape(kDk_, kDv_, kHeadTile);
+  static constexpr TileShape kTile = tile_shape(kDk_, kDv_, kHeadTile, kLoads);
+  static constexpr bool kBulk = kLoads == Loads::kBulk;
   static constexpr int kDk = kDk_, kDv = kDv_;
   static constexpr int kHeadWarps = kTile.head_warps;
   static constexpr int kTokenWarps = kTile.token_warps;
@@ -102,6 +103,16 @@ struct ClusterPartial {
 // spreads a column of chunks over all banks, so that eight rows of one chunk (ldmatrix) never collide.
 __device__ __forceinline__ int slab_offset(int rows, int row, int chunk) {
   return (chunk >> 3) * rows * 128 + row * 128 + (((chunk & 7) ^ (row & 7)) << 4);
+}
+
+// Where a chunk of a K or V tile lives: swizzled slabs, or whole padded rows as a bulk copy leaves them.
+template <class Traits, int D, int kRows>
+__device__ __forceinline__ int tile_offset(int row, int chunk) {
+  if constexpr (Traits::kBulk) {
+    return row * (D * 2 + Traits::kTile.row_padding) + chunk * 16;
+  } else {
+    return slab_offset(kRows, row, chunk);
+  }
 }
 
 template <int kValue>

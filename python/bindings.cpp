@@ -27,8 +27,10 @@ py::list instance_list() {
   py::list instances;
   for (const nsa_sel::InstanceKey& key : nsa_sel::kInstances) {
     py::dict entry;
+    const bool bulk = key.loads == nsa_sel::Loads::kBulk;
     entry["name"] = dtype_name(key.dtype) + "_" + std::to_string(key.Dk) + "x" + std::to_string(key.Dv) + "_h" +
-                    std::to_string(key.head_tile);
+                    std::to_string(key.head_tile) + (bulk ? "_bulk" : "");
+    entry["loads"] = bulk ? "bulk" : "cp.async";
     entry["dtype"] = dtype_name(key.dtype);
     entry["Dk"] = key.Dk;
     entry["Dv"] = key.Dv;
@@ -76,11 +78,39 @@ py::dict plan_dict(const nsa_sel::DecodePlan& plan) {
   return d;
 }
 
+nsa_sel::Loads loads_by_name(const std::string& name) {
+  if (name == "cp.async") return nsa_sel::Loads::kCpAsync;
+  if (name == "bulk") return nsa_sel::Loads::kBulk;
+  throw std::invalid_argument("loads: expected 'cp.async' or 'bulk', got '" + name + "'");
+}
+
+py::dict tile_shape(int Dk, int Dv, int head_tile, const std::string& loads) {
+  const nsa_sel::TileShape tile = nsa_sel::tile_shape(Dk, Dv, head_tile, loads_by_name(loads));
+  py::dict d;
+  d["Dk"] = tile.Dk;
+  d["Dv"] = tile.Dv;
+  d["head_tile"] = tile.head_tile;
+  d["head_warps"] = tile.head_warps;
+  d["token_warps"] = tile.token_warps;
+  d["units"] = tile.units;
+  d["slot_bytes"] = tile.slot_bytes;
+  d["rows_k"] = tile.rows_k;
+  d["rows_v"] = tile.rows_v;
+  d["segment"] = tile.segment;
+  d["blocks_per_sm"] = tile.blocks_per_sm;
+  d["threads"] = nsa_sel::kDecodeThreads;
+  return d;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
   m.doc() = "Compiled part of nsa_sel: launch planning and, where built with them, the CUDA kernels.";
   m.def("build_info", &build_info, "What this build holds: kernels, architectures, instances, CUDA version.");
+  m.def("tile_shape", &tile_shape, "Compile-time numbers of an instance.", py::arg("Dk"), py::arg("Dv"),
+        py::arg("head_tile"), py::arg("loads") = "cp.async");
+  m.def("bytes_in_flight_needed", &nsa_sel::bytes_in_flight_needed, "Bytes that one SM must have in flight.",
+        py::arg("capability"));
 
   py::class_<DeviceLimits>(m, "DeviceLimits", "What planning needs to know of a GPU.")
       .def(py::init([](int sm_count, int capability, int smem_per_block, int smem_per_sm) {
@@ -99,7 +129,7 @@ PYBIND11_MODULE(_core, m) {
                        std::array<int64_t, 4> out_strides, std::array<int64_t, 4> sel_strides,
                        std::array<int64_t, 2> list_strides, std::array<int64_t, 2> pages, int64_t block_size,
                        bool index_is_64, bool causal, double scale, int64_t max_selected, bool batch_invariant,
-                       int64_t num_splits) {
+                       int64_t num_splits, const std::string& loads) {
              DecodeRequest r{};
              r.q = pointer<void>(pointers[0]), r.k = pointer<void>(pointers[1]), r.v = pointer<void>(pointers[2]);
              r.selection = pointer<void>(pointers[3]);
@@ -117,6 +147,7 @@ PYBIND11_MODULE(_core, m) {
              r.page_size = pages[0], r.num_pages = pages[1];
              r.block_size = block_size, r.index_is_64 = index_is_64, r.causal = causal, r.scale = scale;
              r.max_selected = max_selected, r.batch_invariant = batch_invariant, r.num_splits = num_splits;
+             r.loads = int64_t(loads_by_name(loads));
              return nsa_sel::prepare_decode(r, device);
            }),
            "Plans a call. pointers: q, k, v, selection, seq_lens or 0, block_table or 0, out, lse or 0; shape: B, S, "
@@ -126,7 +157,7 @@ PYBIND11_MODULE(_core, m) {
            py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"), py::arg("out_strides"),
            py::arg("sel_strides"), py::arg("list_strides"), py::arg("pages"), py::arg("block_size"),
            py::arg("index_is_64"), py::arg("causal"), py::arg("scale"), py::arg("max_selected"),
-           py::arg("batch_invariant"), py::arg("num_splits"))
+           py::arg("batch_invariant"), py::arg("num_splits"), py::arg("loads") = "cp.async")
       .def_property_readonly("workspace_floats",
                              [](const DecodeLaunch& launch) { return launch.plan.workspace_floats; })
       .def_property_readonly("plan", [](const DecodeLaunch& launch) { return plan_dict(launch.plan); })

@@ -9,6 +9,7 @@ import torch
 
 from tests import host_run
 from tests.host_run import Device, HostRun, Options, mutation
+from tests.host_run.lookahead import assert_next_items_keys_fly_early
 
 DIMS = ((64, 64), (64, 128), (128, 64), (128, 128), (192, 128))
 HEADS = (1, 4, 16, 20, 32, 64)
@@ -126,21 +127,36 @@ def test_other_wavefronts_stay_under_two_percent() -> None:
         assert sum(c.conflicts for c in shared) <= 0.02 * sum(c.wavefronts for c in shared), scenario.name
 
 
-def test_next_items_keys_fly_before_the_current_item_ends() -> None:
+@pytest.mark.parametrize("schedule", [0, 1, 2])
+@pytest.mark.parametrize("loads", ["cp.async", "bulk"])
+def test_next_items_keys_fly_before_the_current_item_ends(loads: str, schedule: int) -> None:
     """The pipeline does not drain between items: one block, two rows, and the trace of what happened when."""
-    torch.manual_seed(1)
-    q = torch.randn(2, 1, 1, 16, 192).bfloat16()
-    k, v = torch.randn(2, 1, 512, 192).bfloat16(), torch.randn(2, 1, 512, 128).bfloat16()
-    spans = torch.tensor([[0, 200], [250, 300]]).expand(2, 1, 1, 2, 2)
-    one_block = Device(sm_count=1, capability=89, smem_per_block=101_376, smem_per_sm=102_400)
-    for schedule in (0, 1, 2):
-        options = Options(device=one_block, trace=True)
-        result = host_run.selection_attention(q, k, v, spans, num_splits=1, schedule=schedule, options=options)
-        assert result.findings == []
-        assert result.counters["plan"]["grid"] == 1
-        trace = result.counters["trace"]
-        second = k[0].numel() * 2  # bytes: where request 1's keys begin
-        first_load = next(i for i, e in enumerate(trace) if e.op == "LDGSTS" and e.buffer == "k" and e.offset >= second)
-        products = [i for i, e in enumerate(trace) if e.op == "MMA"]
-        last_product_of_first = products[len(products) // 2 - 1]
-        assert first_load < last_product_of_first, f"schedule {schedule}: the ring ran empty between items"
+    assert_next_items_keys_fly_early(schedule, loads)
+
+
+@pytest.mark.parametrize("dims", [(128, 128), (192, 128)], ids=str)
+@pytest.mark.parametrize("h", [1, 9, 16])
+def test_bulk_copies_give_the_same_bits_from_the_same_bytes(h: int, dims: tuple[int, int]) -> None:
+    spans = disjoint_spans(h + 7, 8)
+    results = {}
+    for loads in ("cp.async", "bulk"):
+        q = torch.randn(2, 1, 2, h, dims[0], generator=torch.Generator().manual_seed(h)).bfloat16()
+        k, v = (torch.randn(2, 2, 512, D, generator=torch.Generator().manual_seed(D)).bfloat16() for D in dims)
+        options = Options(device=mutation.H200, loads=loads)
+        results[loads] = host_run.selection_attention(q, k, v, spans, return_lse=True, options=options)
+        assert results[loads].findings == []
+    bulk, threads = results["bulk"], results["cp.async"]
+    assert torch.equal(bulk.out, threads.out)
+    assert torch.equal(bulk.lse, threads.lse)
+    for name, D in zip(("k", "v"), dims, strict=True):
+        assert bulk.counters["buffers"][name].bytes_read == selected(spans) * D * 2
+    ops = bulk.counters["ops"]
+    assert ops["BULK"].bytes == selected(spans) * sum(dims) * 2
+    for op in ("LDS", "STS", "LDSM", "LDGSTS_ST"):
+        assert ops[op].conflicts == 0
+
+
+def test_bulk_copies_are_refused_below_sm_90() -> None:
+    q, k = torch.zeros(1, 1, 1, 16, 128).bfloat16(), torch.zeros(1, 1, 64, 128).bfloat16()
+    with pytest.raises(ValueError, match="loads: expected 'cp.async' below compute capability 9.0, got 'bulk'"):
+        host_run.selection_attention(q, k, k, torch.tensor([[[[[0, 9]]]]]), options=Options(loads="bulk"))

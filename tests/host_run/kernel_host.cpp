@@ -46,6 +46,7 @@ void nsa_instance(int index, int64_t* out) {
   out[1] = key.Dk;
   out[2] = key.Dv;
   out[3] = key.head_tile;
+  out[4] = int64_t(key.loads);
 }
 
 int64_t nsa_request_bytes() { return sizeof(DecodeRequest); }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from tests.host_run.kernel import Device, HostRun, Options, selection_attention
 
 H200 = Device(sm_count=4, capability=90, smem_per_block=232_448, smem_per_sm=233_472)
+ONE_H200_SM = replace(H200, sm_count=1)
 A100 = Device(sm_count=1, capability=80, smem_per_block=166_912, smem_per_sm=167_936)
 
 
@@ -27,11 +28,12 @@ class Scenario:
     G: int = 1
     empty: tuple[int, ...] = ()  # requests that see no token
     page_size: int = 0
+    loads: str = "cp.async"
 
     def run(self, schedule: int, drop: tuple[str, str, int] | None = None, trace: bool = False) -> HostRun:
         """Run with one synchronisation left out."""
         q, k, v, keywords = self._inputs()
-        options = Options(drop=drop, device=self.device, trace=trace)
+        options = Options(drop=drop, device=self.device, trace=trace, loads=self.loads)
         keywords |= {"num_splits": self.num_splits, "schedule": schedule, "options": options}
         return selection_attention(q, k, v, return_lse=True, **keywords)
 
@@ -65,6 +67,18 @@ SCENARIOS = (
     Scenario("combine-programmatic", h=16, dims=(64, 64), B=2, spans=(80, 90), device=H200, num_splits=9),
     Scenario("cluster", h=16, dims=(128, 64), B=2, spans=(80, 90), device=H200, num_splits=4, empty=(0,)),
     Scenario("cluster-of-two", h=64, dims=(128, 128), B=2, spans=(60, 68), device=H200, num_splits=2),
+    Scenario(
+        "bulk",
+        h=9,
+        dims=(128, 128),
+        B=5,
+        spans=(100, 130),
+        device=ONE_H200_SM,
+        num_splits=1,
+        page_size=16,
+        loads="bulk",
+    ),
+    Scenario("bulk-cluster", h=16, dims=(192, 128), B=1, spans=(80, 90), device=H200, num_splits=2, loads="bulk"),
     Scenario(
         "short-rows", h=3, dims=(64, 64), B=9, spans=(5, 9), device=A100, num_splits=1, page_size=16, empty=(0, 2, 4, 6)
     ),
