@@ -12,7 +12,7 @@ import torch
 import nsa_sel
 from nsa_sel import _build, api, backends
 from nsa_sel.backends import sdpa
-from nsa_sel.errors import KernelLaunchError
+from nsa_sel.errors import KernelLaunchError, PlanError
 from nsa_sel.policy import save
 from nsa_sel.problem import Call, Problem
 from nsa_sel.routing import BuildInfo, DeviceInfo
@@ -62,6 +62,19 @@ def test_a_call_is_counted_after_it_ran(pretend: Any) -> None:
     assert (kernels.launches, nsa_sel.stats()) == (0, {})
     nsa_sel.selection_attention(**small_call())
     assert (kernels.launches, nsa_sel.stats()) == (1, {"cuda": {"not measured here": 1}})
+
+
+def test_a_call_that_no_launch_fits_falls_back_and_bars_nothing(pretend: Any) -> None:
+    kernels = FakeKernels(refusals=1, error=PlanError)
+    pretend(kernels)
+    nsa_sel.selection_attention(**small_call())
+    reason = "no launch of the kernel fits: too many resources requested for launch"
+    assert nsa_sel.stats() == {"sdpa": {reason: 1}}
+    nsa_sel.selection_attention(**small_call())
+    assert nsa_sel.stats()["cuda"] == {"not measured here": 1}
+    pretend(FakeKernels(refusals=1, error=PlanError))
+    with pytest.raises(PlanError):
+        nsa_sel.selection_attention(**small_call(), backend="cuda")
 
 
 def test_a_refused_launch_falls_back_once_warned_and_remembered(pretend: Any) -> None:

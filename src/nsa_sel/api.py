@@ -9,7 +9,7 @@ import torch
 
 from nsa_sel import _build, backends, debug, ops, stats, switches
 from nsa_sel import policy as policies
-from nsa_sel.errors import KernelLaunchError
+from nsa_sel.errors import KernelLaunchError, PlanError
 from nsa_sel.problem import Call, Problem
 from nsa_sel.routing import Decision, decide
 from nsa_sel.validation import check
@@ -65,11 +65,13 @@ def selection_attention(
         seq_lens: valid tokens per request [B], int32, clamped to [0, S_kv]; None: S_kv.
         block_table: logical to physical page [B, max_pages], int32; S_kv is then max_pages * page_size.
         causal: query s sees `max(0, seq_len - S + s + 1)` tokens; False: all `seq_len`.
-        max_selected: promise that no row selects more tokens; steers speed and routing.
+        max_selected: promise that no row selects more tokens; steers speed and routing. Results stay right if it is
+            broken, but for spans on "sdpa" in a captured CUDA graph, where the rows that break it are NaN.
         softmax_scale: default `Dk ** -0.5`.
         return_lse: also return the natural log-sum-exp of the scaled logits.
         batch_invariant: a row's bits do not depend on the rest of the batch.
-        out: tensor [B, S, G, h, Dv] of v's dtype to write to; its last dimension must be contiguous.
+        out: tensor [B, S, G, h, Dv] of v's dtype to write to; its last dimension must be contiguous, and it must not
+            share memory with q, k or v.
         backend: "auto", "cuda", "triton" or "sdpa".
 
     Returns:
@@ -157,6 +159,11 @@ def run(call: Call, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor |
     if backend == "auto" and call.problem.device_type == "cuda":
         _warn_once_without_kernels()
     try:
+        result = _run_on(decision, call)
+    except PlanError as error:
+        if backend != "auto":
+            raise
+        decision = Decision("sdpa", f"no launch of the kernel fits: {error}")
         result = _run_on(decision, call)
     except KernelLaunchError as error:
         if backend != "auto":

@@ -23,6 +23,10 @@ class BackendError(NsaSelError, RuntimeError):
     """A backend that was asked for by name cannot run this call; the message says why."""
 
 
+class PlanError(BackendError):
+    """No launch of the kernel fits this call's sizes or strides; nothing was launched."""
+
+
 class KernelLaunchError(NsaSelError, RuntimeError):
     """The driver refused one launch and left the CUDA context usable (not sticky), so that a fallback is safe."""
 

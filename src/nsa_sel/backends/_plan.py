@@ -31,10 +31,16 @@ def largest_selection(problem: Problem) -> int:
     return problem.n * (min(problem.block_size, problem.S_kv) if problem.blocks else problem.S_kv)
 
 
-def bound(problem: Problem) -> int:
-    """Return the caller's bound of L, where it promised one, and what is possible otherwise."""
+def captured_bound(problem: Problem) -> int:
+    """Return how many tokens of each row a captured graph computes, where no length can be looked at.
+
+    Blocks bound L by themselves, so that a broken promise does no harm. Spans do not (n * S_kv is theirs): there the
+    caller's promise counts.
+    """
     largest = largest_selection(problem)
-    return largest if problem.max_selected is None else min(problem.max_selected, largest)
+    if problem.blocks or problem.max_selected is None:
+        return largest
+    return min(problem.max_selected, largest)
 
 
 def bytes_per_token(problem: Problem) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nsa_sel import _build
-from nsa_sel.errors import ArgumentError, KernelLaunchError
+from nsa_sel.errors import KernelLaunchError, PlanError
 from nsa_sel.problem import Call, Problem
 
 core: Any = _build.core
@@ -32,7 +32,7 @@ def unavailable(problem: Problem) -> str | None:
 
 
 def plan(
-    call: Call, out: torch.Tensor, lse: torch.Tensor | None, limits: Any, num_splits: int = 0
+    call: Call, out: torch.Tensor, lse: torch.Tensor | None, limits: Any, num_splits: int = 0, loads: str = "cp.async"
 ) -> tuple[Any, torch.Tensor]:
     """Return the `_core.DecodeLaunch` of a call and the selection it points to, which must outlive the launch call.
 
@@ -42,12 +42,11 @@ def plan(
         lse: [B, S, G, h] fp32 contiguous, or None.
         limits: of the device, `_core.DeviceLimits`.
         num_splits: blocks per row; 0 lets the planner choose.
+        loads: "cp.async", or "bulk" for the experimental instances of sm_90.
     """
     p = call.problem
     selection = call.ranges if call.ranges is not None else call.block_indices
     assert selection is not None
-    if call.ranges is not None and p.n > 0 and selection.stride(-1) != 1:
-        selection = selection.contiguous()  # [start, end) pairs are read as neighbours; metadata, not K or V
     try:
         return core.DecodeLaunch(
             device=limits,
@@ -80,9 +79,10 @@ def plan(
             max_selected=-1 if call.max_selected is None else call.max_selected,
             batch_invariant=call.batch_invariant,
             num_splits=num_splits,
+            loads=loads,
         ), selection
     except ValueError as error:
-        raise ArgumentError(str(error)) from None
+        raise PlanError(str(error)) from None
 
 
 def _row_aligned(out: torch.Tensor) -> bool:
@@ -99,6 +99,7 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
         out [B, S, G, h, Dv] in v's dtype; lse [B, S, G, h] fp32 or None.
 
     Raises:
+        PlanError: strides that reach beyond 2^32 row offsets, or more than 2^31 work items.
         KernelLaunchError: the device refused the launch and can go on (the caller may fall back).
         RuntimeError: a sticky CUDA error; every later call would fail as well.
     """

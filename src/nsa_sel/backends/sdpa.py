@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from nsa_sel.backends import _backward, _gather
 from nsa_sel.backends._gather import Counters, Selection
-from nsa_sel.backends._plan import MEMORY_BUDGET, Chunk, bound, largest_selection, make_plan
+from nsa_sel.backends._plan import MEMORY_BUDGET, Chunk, captured_bound, largest_selection, make_plan
 from nsa_sel.problem import Call, Problem
 
 _totals = Counters()
@@ -41,7 +41,8 @@ def run(call: Call, memory_budget: int = MEMORY_BUDGET) -> tuple[torch.Tensor, t
     """Run a call: out [B, S, G, h, Dv] in v's dtype and, if asked for, lse [B, S, G, h] fp32.
 
     Reads the lengths of the selections back once, and nothing while a CUDA graph is captured: there it computes up to
-    the bound of L, and a row that breaks its `max_selected` comes out as NaN, never as a plausible wrong answer.
+    the bound of L (for spans without `max_selected` that is n * S_kv). A row whose spans break `max_selected` comes
+    out as NaN, never as a plausible wrong answer.
     """
     if call.problem.requires_grad:
         out, lse = _Attention.apply(call.q, call.k, call.v, call, memory_budget)
@@ -159,7 +160,7 @@ def _prepare(call: Call, budget: int, capturing: bool) -> _Work:
     if not capturing:
         lengths, order, masked = _read_back(selection, count)
         return _Work(selection, order, make_plan(problem, lengths, budget, masked), count)
-    limit = bound(problem)
+    limit = captured_bound(problem)
     plan = make_plan(problem, np.full(problem.rows, limit), budget, masked=True)
     broken = selection.length > limit if limit < largest_selection(problem) else None
     return _Work(selection, None, plan, count, broken)
