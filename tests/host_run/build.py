@@ -114,8 +114,8 @@ def _digest(parts: Iterable[str], files: Iterable[Path]) -> str:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    # Parallel test workers ask for the same library at the same moment: one builds, the others find it built.
+def locked(folder: Path) -> Iterator[None]:
+    """Parallel test workers ask for the same file at the same moment: one makes it, the others find it made."""
     with (folder / ".lock").open("w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -155,7 +155,7 @@ def library(kind: str, sources: Sequence[Path | str], include_dirs: Sequence[Pat
         raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
     kernel_sources = [Path(s).resolve() for s in sources]
     folders = [Path(d).resolve() for d in include_dirs]
-    include = [f"-I{d}" for d in (*folders, EMULATOR)] + ["-isystem", str(cuda_include())]
+    system = ["-isystem", str(cuda_include())]
     headers = _headers([*folders, EMULATOR, *{s.parent for s in kernel_sources}])
 
     jobs: list[tuple[Path, Path, list[str]]] = []
@@ -167,6 +167,8 @@ def library(kind: str, sources: Sequence[Path | str], include_dirs: Sequence[Pat
         flags += _emulator_flags(kind) if own else (_KERNEL[kind] if is_kernel or kind == "asan" else ("-O2",))
         if not own:
             flags += _KERNEL_WARNINGS
+        # The emulator sees nothing of the kernel: its objects serve every copy of the sources.
+        include = [*(f"-I{d}" for d in ((EMULATOR,) if own else (*folders, EMULATOR))), *system]
         inputs = [source, *(_headers([EMULATOR]) if own else headers)]
         key = _digest([_toolchain(), *flags, *include], inputs)
         command = [compiler(), *flags, *include, "-x", "c++", "-c", str(source)]
@@ -180,7 +182,7 @@ def library(kind: str, sources: Sequence[Path | str], include_dirs: Sequence[Pat
     if target.exists():
         target.touch()
         return target
-    with _locked(cache):
+    with locked(cache):
         if target.exists():
             return target
         missing = [(o, command) for _, o, command in jobs if not o.exists()]

@@ -1,0 +1,111 @@
+"""The C interface of the kernel's library: mirrors of its structures, building and loading it, planning a call."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.host_run import build
+from tests.host_run.emulator import Emulator
+
+ROOT = Path(__file__).resolve().parents[2]
+HOST_SOURCE = "tests/host_run/kernel_host.cpp"
+DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # enum Dtype in cpp/params.h
+POINTERS = ("q", "k", "v", "selection", "seq_lens", "block_table", "out", "lse")
+_SIZES = ("dtype", "B", "S", "G", "h", "Dk", "Dv", "S_kv", "n", "page_size", "num_pages", "block_size", "index_is_64")
+_FLAGS = ("causal", "max_selected", "batch_invariant", "num_splits", "loads")
+LOADS = ("cp.async", "bulk")  # enum Loads
+
+
+class Request(ctypes.Structure):
+    """Mirror of `DecodeRequest` in cpp/dispatch.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in POINTERS),
+        *((name, ctypes.c_int64) for name in _SIZES + _FLAGS),
+        ("q_strides", ctypes.c_int64 * 4),
+        ("k_strides", ctypes.c_int64 * 3),
+        ("v_strides", ctypes.c_int64 * 3),
+        ("out_strides", ctypes.c_int64 * 4),
+        ("sel_strides", ctypes.c_int64 * 4),
+        ("seq_lens_stride", ctypes.c_int64),
+        ("table_stride", ctypes.c_int64),
+        ("scale", ctypes.c_double),
+    ]
+
+
+class _Plan(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            "grid",
+            "blocks_per_sm",
+            "num_slots",
+            "smem_bytes",
+            "full_rows",
+            "split_rows",
+            "num_splits",
+            "cluster",
+            "workspace_floats",
+        )
+    ]
+
+
+class _Limits(ctypes.Structure):
+    _fields_ = [(n, ctypes.c_int32) for n in ("sm_count", "capability", "smem_per_block", "smem_per_sm")]
+
+
+@dataclass(frozen=True)
+class Device:
+    """The GPU that planning sees. Few SMs by default, so that persistent blocks walk over several items."""
+
+    sm_count: int = 2
+    capability: int = 80
+    smem_per_block: int = 166_912
+    smem_per_sm: int = 167_936
+
+
+def library_file(kind: str, root: Path = ROOT) -> Path:
+    """Build (first call) the kernel's sources: the very files in cuda/ and cpp/, or a changed copy of them."""
+    kernels = [*sorted((root / "cuda").glob("instances/*.cu")), root / "cuda" / "run.cu"]
+    host = [*sorted((root / "cpp").glob("*.cpp")), root / HOST_SOURCE]
+    return build.library(kind, [*kernels, *host], include_dirs=[root / "cuda", root / "cpp"])
+
+
+@functools.cache
+def library(kind: str, root: Path = ROOT) -> tuple[Emulator, Any]:
+    """Load what `library_file` builds, once a process."""
+    emulator = Emulator(library_file(kind, root))
+    lib = emulator.lib
+    lib.nsa_prepare.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int]
+    lib.nsa_launch.argtypes = [ctypes.c_void_p]
+    lib.nsa_request_bytes.restype = ctypes.c_int64
+    if lib.nsa_request_bytes() != ctypes.sizeof(Request):
+        raise RuntimeError(f"DecodeRequest: expected {lib.nsa_request_bytes()} bytes, got {ctypes.sizeof(Request)}")
+    return emulator, lib
+
+
+def instances(kind: str = "hook", root: Path = ROOT) -> set[tuple[str, int, int, int, str]]:
+    """Return the compiled kernels as (dtype, Dk, Dv, head tile, loads)."""
+    _, lib = library(kind, root)
+    found = set()
+    for i in range(lib.nsa_num_instances()):
+        key = (ctypes.c_int64 * 5)()
+        lib.nsa_instance(i, key)
+        found.add((("float16", "bfloat16")[key[0]], key[1], key[2], key[3], LOADS[key[4]]))
+    return found
+
+
+def plan_call(lib: Any, request: Request, device: Device) -> dict[str, int]:
+    """Make `request` the one that the next launch runs."""
+    limits = _Limits(device.sm_count, device.capability, device.smem_per_block, device.smem_per_sm)
+    plan = _Plan()
+    message = ctypes.create_string_buffer(512)
+    if lib.nsa_prepare(ctypes.byref(request), ctypes.byref(limits), ctypes.byref(plan), message, len(message)) != 0:
+        raise ValueError(message.value.decode())
+    return {name: getattr(plan, name) for name, _ in _Plan._fields_}
