@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import re
 from pathlib import Path
@@ -10,27 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from typer.testing import CliRunner, Result
+from typer.testing import CliRunner
 
-import nsa_sel
 from nsa_sel.cli import app
 from nsa_sel.measure import schema
-from tests.data.planted import DEVICE, bench, cell, decode, write
-
-QUICK = ["--iters", "3", "--warmup", "1", "--device", "cpu"]
-
-
-def run(*arguments: object, code: int | None = 0) -> Result:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert code is None or result.exit_code == code, result.output
-    return result
-
-
-def table(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+from tests.data.commands import QUICK, run, table
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +178,46 @@ def test_decode_says_where_nothing_is_sparse(tmp_path: Path) -> None:
     assert "projections and the MLP are no part" in result.output
 
 
+def test_decode_keeps_what_it_measured_when_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nsa_sel.measure import session
+
+    def step(batch: int, context: int, *rest: Any) -> Any:
+        if context > 1024:
+            raise torch.OutOfMemoryError("no memory")
+        return right(batch, context, *rest)
+
+    right = session.DecodeStep
+    monkeypatch.setattr(session, "DecodeStep", step)
+    result = run("decode", "--context", "1024,2048", "--B", 1, "--out", tmp_path, *QUICK)
+    assert "no memory for B=1, context=2048" in result.output
+    assert {row["context"] for row in table(tmp_path / "decode.csv")} == {"1024"}
+
+
+def test_a_run_cut_off_inside_a_workload_keeps_whole_workloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from nsa_sel.measure import bench as bench_module
+
+    calls = 0
+    right = bench_module.time_contestant
+
+    def cut(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 8:  # in the third workload, after its first backend
+            raise KeyboardInterrupt
+        return right(*arguments)
+
+    monkeypatch.setattr(bench_module, "time_contestant", cut)
+    CliRunner().invoke(app, ["bench", "--backend", "sdpa,sdpa_gathered,cuda", "--out", str(tmp_path), *QUICK])
+    whole = table(tmp_path / "bench.csv")
+    assert len(whole) == 6
+    assert len({row["workload"] for row in whole}) == 2
+    monkeypatch.undo()
+    run("bench", "--backend", "sdpa,sdpa_gathered,cuda", "--resume", "--out", tmp_path, *QUICK)
+    rows = table(tmp_path / "bench.csv")
+    assert rows[:6] == whole
+    assert len(rows) == 7 * 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -226,60 +249,6 @@ def test_report_of_what_a_cpu_measured(measured: Path) -> None:
     page = (measured / "report.md").read_text()
     assert "**NOT MEASURED**" in page
     assert {path.stem for path in measured.glob("*.png")} == {"speedup", "bandwidth", "share", "roofline"}
-
-
-def test_gate_exit_codes_json_and_nothing_written(tmp_path: Path) -> None:
-    def gate(name: str, code: int, *frames: Any) -> dict[str, Any]:
-        folder = tmp_path / name
-        folder.mkdir()
-        paths = write(folder, *frames)
-        result = run("gate", "--bench", paths[0], "--decode", paths[1], "--json", code=code)
-        assert sorted(path.name for path in folder.iterdir()) == ["bench.csv", "decode.csv"]
-        found: dict[str, Any] = json.loads(result.stdout)
-        return found
-
-    assert gate("pass", 0)["min_l"] == 64
-    assert gate("fail", 1, None, decode({1: (0.1,) * 3}))["gates"]["share"]["verdict"] == "FAIL"
-    assert gate("unmeasured", 2, cell(bench(), "mae", float("nan"), backend="cuda"))["verdict"] == "NOT MEASURED"
-    run("gate", "--bench", tmp_path / "none.csv", "--decode", tmp_path / "none.csv", code=2)
-    run("gate", code=2)
-
-
-def test_gate_prints_a_table_and_writes_what_it_is_told_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench_path, decode_path = write(tmp_path)
-    default = tmp_path / "user" / "policy.json"
-    monkeypatch.setenv("NSA_SEL_POLICY", str(default))
-    out = tmp_path / "record"
-    files = ["--bench", bench_path, "--decode", decode_path]
-    result = run("gate", *files, "--out", out, "--write-policy", "default")
-    assert "PASS, min_l = 64" in result.output
-    assert "DECISION" not in result.output
-    (record,) = out.iterdir()
-    assert "**PASS.**" in record.read_text()
-    assert nsa_sel.policy.load(default).rule(DEVICE, "cuda") == nsa_sel.policy.Rule(True, 64)
-
-
-def test_gate_takes_other_rules_and_refuses_wrong_ones(tmp_path: Path) -> None:
-    paths = write(tmp_path)
-    files = ["--bench", paths[0], "--decode", paths[1]]
-    rules = tmp_path / "rules.toml"
-    rules.write_text("[share]\nmin = 0.9\n")
-    run("gate", *files, "--rules", rules, code=1)
-    rules.write_text("[share]\nminimum = 0.1\n")
-    assert "got share.minimum" in run("gate", *files, "--rules", rules, code=2).output
-    assert "backend: expected cuda or triton" in run("gate", *files, "--backend", "sdpa", code=2).output
-
-
-def test_threshold_command(tmp_path: Path) -> None:
-    path, _ = write(tmp_path, bench({64: 1.1, 256: 1.4, 1024: 2.0}))
-    assert run("threshold", path).output.startswith("# Threshold of `cuda`: 256")
-    assert json.loads(run("threshold", path, "--margin", 1.5, "--json").stdout)["min_l"] == 1024
-    assert json.loads(run("threshold", path, "--margin", 3, "--json", code=1).stdout)["min_l"] is None
-    run("threshold", path, "--max-mae", "1e-5", code=1)
-    run("threshold", path, "--backend", "triton", code=2)
-    assert "expected a finite number" in run("threshold", path, "--margin", "nan", code=2).output
-    run("threshold", path, "--out", tmp_path / "out")
-    assert (tmp_path / "out" / "threshold.md").read_text().startswith("# Threshold of `cuda`: 256")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -18,7 +18,10 @@ def test_suites_run_store_and_compare(tmp_path: Path) -> None:
     def run(*options: str) -> str:
         command = [sys.executable, "-m", "pytest", "benchmarks", "-k", "ci-few-L32 or 1024", "-q", *options]
         command += [f"--benchmark-storage={tmp_path}", "-p", "no:cacheprovider", "-p", "no:xdist", "--device", "cpu"]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        # Inside a worker of pytest-xdist these variables would make the benchmarks think that they are one, and store
+        # nothing.
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        environment = inherited | {"PYTHONPATH": os.pathsep.join(sys.path)}
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout

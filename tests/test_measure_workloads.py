@@ -154,7 +154,7 @@ def test_variants_are_cold_as_far_as_memory_allows() -> None:
     assert len({inputs.k.data_ptr() for inputs in shared}) == 2
     selections = {tuple(inputs.ranges.flatten().tolist()) for inputs in shared if inputs.ranges is not None}
     assert len(selections) == 6
-    assert len(variants_of(workload, 0, CPU, 10**12, 1)) == 16
+    assert len(variants_of(workload, 0, CPU, 10**12, 1)) == 8
 
 
 def test_oracle_rows_are_at_most_64_and_in_range() -> None:

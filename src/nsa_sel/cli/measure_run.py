@@ -165,8 +165,11 @@ def decode(
         )
         for line in run.notes:
             console.print(f"note: {line}", markup=False, soft_wrap=True)
+        shown = len(run.notes)
         _advance(console, "steps", len(run.steps), run.run(out))
         console.print(run.table())
+        for line in run.notes[shown:]:
+            console.print(f"note: {line}", markup=False, soft_wrap=True)
     typer.echo(f"results: {out / 'decode.csv'}")
 
 

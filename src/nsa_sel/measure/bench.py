@@ -27,6 +27,14 @@ class Results:
     skipped: dict[str, str] = field(default_factory=dict)
     parity_failures: list[str] = field(default_factory=list)
 
+    def add(self, more: Results) -> None:
+        """Take over everything in `more`."""
+        self.rows += more.rows
+        self.intervals += more.intervals
+        self.not_measured += more.not_measured
+        self.skipped |= more.skipped
+        self.parity_failures += more.parity_failures
+
 
 def run_bench(
     workloads: Iterable[Workload],
@@ -46,11 +54,13 @@ def run_bench(
         elif reason := too_large(workload, settings.device):
             results.skipped[workload.name] = reason
         else:
-            _measure(workload, contestants, settings, results)
+            # Only whole workloads are kept: a run that is cut off inside one must measure it again when it goes on.
+            results.add(_measure(workload, contestants, settings))
         yield workload.name
 
 
-def _measure(workload: Workload, contestants: list[Contestant], settings: Settings, results: Results) -> None:
+def _measure(workload: Workload, contestants: list[Contestant], settings: Settings) -> Results:
+    results = Results()
     device = settings.device
     variants = cold_variants(workload, settings)
     rows = oracle_rows(workload, settings.seed)
@@ -78,6 +88,7 @@ def _measure(workload: Workload, contestants: list[Contestant], settings: Settin
         for name, one in timed.items():
             if one.samples and not one.mae <= check_of(workload):
                 results.parity_failures.append(_reproduction(workload, name, mode, settings, one))
+    return results
 
 
 def _add_rows(

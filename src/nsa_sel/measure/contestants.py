@@ -43,6 +43,8 @@ class Own:
 
     def refuses(self, inputs: Inputs) -> str | None:
         """Return why the forced backend does not take these inputs."""
+        if self.name == "triton" and inputs.q.device.type != "cuda":
+            return "Triton's interpreter takes CPU tensors, but its time says nothing"
         try:
             nsa_sel.explain(**self._arguments(inputs))
         except (RuntimeError, ValueError, TypeError) as error:

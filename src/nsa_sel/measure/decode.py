@@ -20,6 +20,9 @@ from nsa_sel.measure.schema import STAGES
 from nsa_sel.measure.timed import counts, proof
 
 CPU_SAMPLE_MS = 100.0
+CPU_SAMPLE_STEPS = 3  # at least, of each kind
+CPU_SAMPLE_LIMIT_MS = 1000.0  # a sample ends then, even if every step was stopped
+CALM = 0.98  # a step was not stopped if its thread computed for this part of its time
 Sample = Callable[[], list[float]]  # milliseconds of each stage, or of the whole step alone
 Pair = Callable[[], tuple[list[float], float]]  # milliseconds of each stage of one step, and of another step as a whole
 
@@ -132,29 +135,34 @@ def _pair(step: DecodeStep, mode: str, device: torch.device, warmup: int) -> Pai
 
 
 def _cpu_pair(step: DecodeStep) -> Pair:
-    """Return a sampler that averages over so many steps of both kinds, in turns, that they last CPU_SAMPLE_MS together.
+    """Return a sampler of the fastest staged and the fastest whole step, in turns, of CPU_SAMPLE_MS of computing.
 
-    A single step of a few milliseconds is either hit by the scheduler or not, and medians of such times do not add
-    up: the step's holds a stall when those of its shorter stages hold none.
+    Other processes stop a step of a few milliseconds often and for as long again. Medians of such times do not add up:
+    the step's holds a stop when those of its shorter stages hold none. The fastest step holds none, in whole and by
+    stage. Whether one of each kind was not stopped shows in the thread's own time; if none was, the sample goes on.
     """
-    started = time.perf_counter()
-    step.run()
-    started, first = time.perf_counter(), time.perf_counter() - started
-    step.run()
-    once = min(first, time.perf_counter() - started)  # the first step of all also pays for what is set up lazily
-    repeats = max(1, round(CPU_SAMPLE_MS / 2e3 / once))
 
     def sample() -> tuple[list[float], float]:
-        parts, whole = [0.0] * len(STAGES), 0.0
-        for _ in range(repeats):
+        staged: list[list[float]] = []
+        whole: list[float] = []
+        calm = {"staged": False, "whole": False}
+        begun, computed = time.perf_counter(), time.thread_time()
+        while len(whole) < CPU_SAMPLE_STEPS or not (
+            (all(calm.values()) and time.thread_time() - computed > CPU_SAMPLE_MS / 1e3)
+            or time.perf_counter() - begun > CPU_SAMPLE_LIMIT_MS / 1e3
+        ):
             stamps: list[float] = []
+            own = time.thread_time()
             step.run(lambda _, stamps=stamps: stamps.append(time.perf_counter()))  # type: ignore[misc]
-            for index in range(len(STAGES)):
-                parts[index] += stamps[index + 1] - stamps[index]
-            start = time.perf_counter()
+            own = time.thread_time() - own
+            staged.append([(end - start) * 1e3 for start, end in itertools.pairwise(stamps)])
+            calm["staged"] |= own > CALM * (stamps[-1] - stamps[0])
+            own, start = time.thread_time(), time.perf_counter()
             step.run()
-            whole += time.perf_counter() - start
-        return [part * 1e3 / repeats for part in parts], whole * 1e3 / repeats
+            elapsed = time.perf_counter() - start
+            whole.append(elapsed * 1e3)
+            calm["whole"] |= time.thread_time() - own > CALM * elapsed
+        return min(staged, key=sum), min(whole)
 
     return sample
 

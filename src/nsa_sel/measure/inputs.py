@@ -11,7 +11,7 @@ import torch
 from nsa_sel.measure.workload import Workload
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-MAX_VARIANTS = 16
+MAX_VARIANTS = 8
 ORACLE_ROWS = 64
 
 

@@ -200,15 +200,21 @@ class DecodeSession:
         how = {"seed": self.seed, "iters": self.iters, "warmup": self.warmup, "mode": self.mode}
         how |= {"leave_out": list(self.leave_out)}
         for batch, context in self.steps:
-            step = DecodeStep(batch, context, self.backend, self.device, self.seed, self.leave_out)
-            times = time_step(step, self.mode, self.device, self.iters, self.warmup)
-            self.rows += rows_of(step, times, self.device)
-            self.facts.append(facts_of(step, times))
-            del step, times
+            try:
+                self._measure(batch, context)
+            except torch.OutOfMemoryError:
+                self.notes.append(f"not measured: no memory for B={batch}, context={context}")
+            data = {"environment": environment(self.device, **how), "steps": self.facts, "notes": self.notes}
+            write_atomically(out / "decode.json", json.dumps(data, indent=1) + "\n")
+            write_atomically(out / "decode.csv", csv_text(schema.DECODE_COLUMNS, self.rows))
             yield f"B={batch} context={context}"
-        data = {"environment": environment(self.device, **how), "steps": self.facts, "notes": self.notes}
-        write_atomically(out / "decode.json", json.dumps(data, indent=1) + "\n")
-        write_atomically(out / "decode.csv", csv_text(schema.DECODE_COLUMNS, self.rows))
+
+    def _measure(self, batch: int, context: int) -> None:
+        step = DecodeStep(batch, context, self.backend, self.device, self.seed, self.leave_out)
+        times = time_step(step, self.mode, self.device, self.iters, self.warmup)
+        facts = facts_of(step, times)
+        self.rows += rows_of(step, times, self.device)
+        self.facts.append(facts)
 
     def table(self) -> Table:
         """Return a table of the steps: milliseconds, shares and the residual."""
