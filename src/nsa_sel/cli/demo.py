@@ -21,7 +21,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Against fp64: the rounding of the result and of PyTorch's own intermediates, on outputs that stay below 4.
 MAX_ERROR = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 SHORTEST = 256
-BUSY = 0.75  # processes that want to run, per core, from which on times are not to be trusted
+BUSY = 0.75  # load average per core from which on the times come with a warning
 
 
 class DtypeChoice(str, Enum):
@@ -98,8 +98,8 @@ def demo(
     cores = os.cpu_count() or 1
     if load > BUSY * cores:
         console.print(
-            f"[yellow]Other work kept this machine busy when the run began (load {load:.1f} on {cores} cores): calls "
-            "as short as these then wait for a core, so read the times with care.[/yellow]"
+            f"[yellow]The load average was {load:.1f} on {cores} cores when the run began. If other work went on, "
+            "calls as short as these waited for a core: read the times with care.[/yellow]"
         )
     output.write_csv(rows, out / "demo.csv")
     output.draw(rows, out / "demo.png")

@@ -68,7 +68,9 @@ def table(rows: Sequence[Row], title: str) -> Table:
 
 def draw(rows: Sequence[Row], path: Path) -> None:
     """Draw cost and captured mass against context length, one column of panels per shape."""
-    from matplotlib.figure import Figure  # slow to import, and no pyplot: nothing global, no display
+    # Here because it is slow to import; and not pyplot, which keeps figures and asks for a display.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     shapes = list(dict.fromkeys(row.shape for row in rows))
     figure = Figure(figsize=(5.5 * len(shapes), 7), layout="constrained")
@@ -84,6 +86,9 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         cost.plot(contexts, selected, "^-", color="tab:blue", label=f"selection attention ({mine[-1].backend})")
         cost.set(title=f"{shape}: {mine[-1].dtype} on {mine[-1].device}", xscale="log", yscale="log")
         chosen, other = [row.captured for row in mine], [row.captured_random for row in mine]
+        cost.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        cost.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        cost.yaxis.set_minor_formatter(NullFormatter())
         share.plot(contexts, chosen, "^-", color="tab:blue", label="blocks chosen by the scorer")
         share.plot(contexts, other, "x--", color="tab:red", label="random blocks, equal L")
         share.set(xlabel="context, tokens", ylim=(0, 1.02))
