@@ -22,7 +22,7 @@ from nsa_sel.cli import app
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DOCTESTED = (
-    "nsa_sel", "nsa_sel._build", "nsa_sel.api", "nsa_sel.cli.demo", "nsa_sel.policy", "nsa_sel.ranges",
+    "nsa_sel", "nsa_sel._build", "nsa_sel.api", "nsa_sel.cli.demo", "nsa_sel.facts", "nsa_sel.policy", "nsa_sel.ranges",
     "nsa_sel.reference", "nsa_sel.routing", "nsa_sel.stats", "nsa_sel.switches", "nsa_sel.testing",
 )  # fmt: skip
 
@@ -127,6 +127,12 @@ def test_the_list_of_files_is_complete_and_has_no_ghosts() -> None:
     package = {path.name for path in (ROOT / "src" / "nsa_sel").iterdir() if not path.name.startswith("__")}
     in_package = {path.split("/")[2] for path in listed if path.startswith("src/nsa_sel/")}
     assert {name for name in package if not name.endswith((".so", ".typed"))} - in_package == set()
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for document in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]:
+        for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.relative_to(ROOT)}: {target}"
 
 
 def test_pins_of_the_formatters_agree() -> None:

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 import nsa_sel
-from nsa_sel import api, policy, switches
+from nsa_sel import api, facts, policy, switches
 from nsa_sel.demo.shapes import SHAPES, Shape
 from nsa_sel.problem import Problem
 
@@ -22,17 +22,49 @@ def register(app: typer.Typer) -> None:
     app.command()(info)
 
 
-def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False) -> None:
-    """Print the build, the devices, the switches, the policy and what routing makes of them."""
+def info(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    kernels: Annotated[bool, typer.Option("--kernels", help="Print the table of facts about the kernels.")] = False,
+    everything: Annotated[bool, typer.Option("--all", help="With --kernels: every instance.")] = False,
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="With --kernels: as the README shows it.")] = False,
+) -> None:
+    """Print the build, devices, switches and policy and what routing makes of them, or the facts of the kernels."""
+    if not kernels and (everything or as_markdown):
+        typer.echo("nsa-sel info: --all and --markdown: expected with --kernels, got them alone", err=True)
+        raise typer.Exit(2)
+    if as_json and as_markdown:
+        typer.echo("nsa-sel info: --json, --markdown: expected one of the two, got both", err=True)
+        raise typer.Exit(2)
     try:
-        facts = collect()
+        if kernels:
+            show_kernels(facts.collect(everything=everything), as_json, as_markdown)
+            return
+        found = collect()
     except nsa_sel.NsaSelError as error:
         typer.echo(f"nsa-sel info: {error}", err=True)
         raise typer.Exit(2) from error
     if as_json:
-        typer.echo(json.dumps(facts, indent=2))
+        typer.echo(json.dumps(found, indent=2))
     else:
-        show(facts, Console())
+        show(found, Console())
+
+
+def show_kernels(rows: list[facts.Fact], as_json: bool, as_markdown: bool) -> None:
+    """Print the table of facts; its model is labelled as one."""
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows], indent=2))
+    elif as_markdown:
+        typer.echo(facts.markdown(rows), nl=False)
+    else:
+        table = Table(*facts.COLUMNS, title="kernels, many rows, sizes in bytes", title_justify="left")
+        for row in rows:
+            table.add_row(*facts.cells(row))
+        console = Console()
+        widths = [max(map(len, column)) for column in zip(facts.COLUMNS, *map(facts.cells, rows), strict=True)]
+        console.width = max(console.width, sum(widths) + 3 * len(widths) + 1)  # a number that is cut off is no fact
+        console.print(table)
+        for note in facts.notes(rows):
+            console.print(note)
 
 
 def collect() -> dict[str, Any]:
@@ -75,25 +107,25 @@ def _routed(index: int, shape: Shape) -> nsa_sel.Decision:
     return api.route(problem)
 
 
-def show(facts: dict[str, Any], console: Console) -> None:
+def show(found: dict[str, Any], console: Console) -> None:
     """Print what `collect` gathered."""
-    build = facts["build"]
+    build = found["build"]
     table = Table("what", "value", title="nsa_sel", title_justify="left", show_header=False)
     table.add_row("version", build["version"])
     table.add_row("kernels", f"{len(build['instances'])} compiled" if build["kernels"] else f"none: {build['reason']}")
     if build["kernels"]:
         table.add_row("architectures", ", ".join(f"sm_{a}" for a in build["architectures"]))
         table.add_row("CUDA compiler", str(build["cuda_version"]))
-    table.add_row("torch", f"{facts['torch']['version']} (CUDA {facts['torch']['cuda'] or 'none'})")
-    table.add_row("policy", f"{facts['policy']['path']}{'' if facts['policy']['exists'] else ' (no such file)'}")
-    table.add_row("switches", ", ".join(f"{name}={value}" for name, value in facts["switches"].items()))
+    table.add_row("torch", f"{found['torch']['version']} (CUDA {found['torch']['cuda'] or 'none'})")
+    table.add_row("policy", f"{found['policy']['path']}{'' if found['policy']['exists'] else ' (no such file)'}")
+    table.add_row("switches", ", ".join(f"{name}={value}" for name, value in found["switches"].items()))
     console.print(table)
 
-    if not facts["devices"]:
+    if not found["devices"]:
         console.print('No CUDA device: every call runs on backend "sdpa".')
         return
     devices = Table("device", "capability", "SMs", "GiB", "shape", "auto runs", "because", title="devices, bf16 decode")
-    for device in facts["devices"]:
+    for device in found["devices"]:
         for name, decision in device["routing"].items():
             devices.add_row(
                 f"{device['index']} {device['name']}",
