@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from typing import Any
 import torch
 
 import nsa_sel
+from nsa_sel.backends import triton
 from nsa_sel.testing import Inputs
 from tests import host_run
 from tests.cases import HALF, KERNEL_DIMS, Case
@@ -79,6 +82,37 @@ def _takes_all(case: Case) -> str | None:
     return None
 
 
+def no_triton() -> str | None:
+    """Say why Triton's kernels cannot run on a GPU here, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    return no_gpu() or ("TRITON_INTERPRET=1 is set" if _interpreting() else None)
+
+
+def no_triton_interpreter() -> str | None:
+    """Say why Triton's kernels cannot be interpreted here, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not _interpreting():
+        return "TRITON_INTERPRET=1 is not set"
+    return triton.interpreter_fault()
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _interpreted(inputs: Inputs, **options: Any) -> Result:
+    """Interpret a kernel; long caches by large tiles, because the interpreter takes as long for a small one."""
+    with triton.using(triton.Config(block_tokens=256 if inputs.k.shape[2] > 2048 else 64)):
+        return run_public(inputs, "cpu", "triton", nsa_sel.Decision("triton", "backend='triton'"), **options)
+
+
+def triton_cannot(case: Case) -> str | None:
+    """Say why the Triton backend does not take a case by contract, or None: it takes all dims."""
+    return None if case.dtype in HALF else f"the kernel takes fp16 and bf16, not {case.dtype}"
+
+
 def _host_run(schedule: int, device: host_run.Device) -> Callable[..., Result]:
     """The kernel's own source on the CPU: a HostRun can come from nowhere else, and it must be without findings."""
 
@@ -109,6 +143,10 @@ BACKENDS: tuple[BackendUnderTest, ...] = (
     BackendUnderTest("host-run-sm90", _no_host_run, kernel_cannot, _host_run(1, mutation.H200)),
     BackendUnderTest(
         "cuda", no_kernels, kernel_cannot, _public("cuda", "cuda", "cuda", "backend='cuda'"), device="cuda"
+    ),
+    BackendUnderTest("triton-interpreted", no_triton_interpreter, triton_cannot, _interpreted),
+    BackendUnderTest(
+        "triton", no_triton, triton_cannot, _public("triton", "cuda", "triton", "backend='triton'"), device="cuda"
     ),
 )
 

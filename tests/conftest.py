@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
 import nsa_sel
 from nsa_sel import api
+
+# Triton reads this when it is first imported. Without a GPU its kernels are interpreted on the CPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 _SWITCHES = (
     "NSA_SEL_CUDA",

@@ -148,3 +148,17 @@ def test_the_users_own_policy_is_found(pretend: Any, monkeypatch: pytest.MonkeyP
     save(OFF, tmp_path / "nsa_sel" / "policy.json")
     nsa_sel.refresh_routing()
     assert nsa_sel.explain(**small_call()).reason == "policy: cuda is off on NVIDIA H200"
+
+
+def test_a_refused_triton_launch_falls_back_too(pretend: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NSA_SEL_TRITON", "1")
+    monkeypatch.setenv("NSA_SEL_TRITON_MIN_L", "1")
+    nsa_sel.refresh_routing()
+    refusing = FakeKernels(refusals=9)
+    pretend(FakeKernels(), build=NO_KERNELS)
+    known = backends.find
+    monkeypatch.setattr(backends, "find", lambda name: refusing if name == "triton" else known(name))
+    with pytest.warns(RuntimeWarning, match="no kernels"):
+        nsa_sel.selection_attention(**small_call(), max_selected=64)
+    assert refusing.launches == 1
+    assert nsa_sel.stats() == {"sdpa": {"triton was refused at launch: too many resources requested for launch": 1}}

@@ -158,19 +158,22 @@ def run(call: Call, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor |
     decision = route(call.problem, backend)
     if backend == "auto" and call.problem.device_type == "cuda":
         _warn_once_without_kernels()
-    try:
-        result = _run_on(decision, call)
-    except PlanError as error:
-        if backend != "auto":
-            raise
-        decision = Decision("sdpa", f"no launch of the kernel fits: {error}")
-        result = _run_on(decision, call)
-    except KernelLaunchError as error:
-        if backend != "auto":
-            raise
-        _remember_refusal(call.problem, error)
-        decision = route(call.problem, backend)  # without the kernel that was refused
-        result = _run_on(decision, call)
+    while True:
+        try:
+            result = _run_on(decision, call)
+            break
+        except PlanError as error:
+            if backend != "auto":
+                raise
+            decision = Decision("sdpa", f"no launch of the kernel fits: {error}")
+        except KernelLaunchError as error:
+            if backend != "auto" or decision.backend == "sdpa":
+                raise
+            if decision.backend == "cuda":
+                _remember_refusal(call.problem, error)
+                decision = route(call.problem, backend)  # without the kernel that was refused
+            else:
+                decision = Decision("sdpa", f"{decision.backend} was refused at launch: {error}")
     stats.count(decision.backend, decision.reason)
     return result
 

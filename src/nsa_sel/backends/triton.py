@@ -1,0 +1,242 @@
+"""The Triton backend, for research: it runs where it is asked for by name, or where NSA_SEL_TRITON lets it.
+
+Triton itself is imported by the first call that looks at this backend, never by `import nsa_sel`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nsa_sel.errors import ArgumentError, KernelLaunchError
+from nsa_sel.problem import Call, Problem
+from nsa_sel.validation import check
+
+_DTYPES = ("float16", "bfloat16")
+_MAX_HEADS = 64  # beyond, the result of a row does not fit a block's registers
+_MAX_DIMS = 256
+_SPANS = 32  # spans that are packed into tiles together
+_MAX_TOKENS = 2**31 // _SPANS  # their lengths add up in 32 bits, and each may be the whole cache
+_LOG2_E = 1.4426950408889634
+_CAPABILITY = (8, 0)
+# What the driver says of a launch that it refused; after any other error the context may be lost.
+_REFUSALS = (
+    "invalid argument",
+    "invalid configuration",
+    "invalid device function",
+    "no kernel image is available",
+    "out of memory",
+    "out of resources",
+    "too many resources",
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is launched; the defaults were chosen by registers and shared memory, not measured.
+
+    All but `num_stages` are powers of two. The columns of v are one block: they are accumulated in registers.
+
+    Raises:
+        ArgumentError: a value that no kernel can have.
+    """
+
+    block_tokens: int = 64  # tokens of a tile, at least 16
+    block_dims: int = 64  # columns of q and k that one step of the product takes, at least 16
+    num_warps: int = 4
+    num_stages: int = 2  # tiles in flight: 2 is double buffering
+
+    def __post_init__(self) -> None:
+        for name, least in (("block_tokens", 16), ("block_dims", 16), ("num_warps", 1)):
+            value = getattr(self, name)
+            if value < least or value & (value - 1):
+                raise ArgumentError(f"{name}: expected a power of two >= {least}, got {value}")
+        if self.num_stages < 1:
+            raise ArgumentError(f"num_stages: expected an int >= 1, got {self.num_stages}")
+
+
+_config: contextvars.ContextVar[Config] = contextvars.ContextVar("nsa_sel_triton_config", default=Config())  # noqa: B039
+
+
+@contextlib.contextmanager
+def using(config: Any) -> Iterator[None]:
+    """Run every call inside with `config`, a `Config` or anything with its attributes."""
+    wanted = Config(config.block_tokens, config.block_dims, config.num_warps, config.num_stages)
+    token = _config.set(wanted)
+    try:
+        yield
+    finally:
+        _config.reset(token)
+
+
+@functools.cache
+def _load() -> tuple[Any, str | None]:
+    """Return the kernels, or why there are none."""
+    if importlib.util.find_spec("triton") is None:
+        return None, "triton is not installed"
+    try:
+        return importlib.import_module("nsa_sel.backends._triton_kernels"), None
+    except (ImportError, AttributeError, RuntimeError, OSError) as error:  # a Triton too old, or broken
+        return None, f"triton cannot be used: {error}"
+
+
+def unavailable(problem: Problem) -> str | None:
+    """Say why this backend cannot run `problem`, or None."""
+    kernels, why = _load()
+    if kernels is None:
+        return why
+    if kernels.INTERPRETED:
+        if problem.device_type != "cpu":
+            return f"under TRITON_INTERPRET=1 triton takes CPU tensors, not tensors on {problem.device_type}"
+        if (why := interpreter_fault()) is not None:
+            return why
+    elif problem.device_type != "cuda":
+        what = f"tensors on {problem.device_type}"
+        return f"triton takes CUDA tensors, or CPU tensors under TRITON_INTERPRET=1, not {what}"
+    elif (capability := _capability(problem.device_index)) < _CAPABILITY:
+        return f"triton takes compute capability 8.0 or newer, not {capability[0]}.{capability[1]}"
+    if problem.dtype not in _DTYPES:
+        return f"triton takes float16 and bfloat16, not {problem.dtype}"
+    if problem.requires_grad:
+        return "gradients required"
+    for name, most in (("h", _MAX_HEADS), ("Dk", _MAX_DIMS), ("Dv", _MAX_DIMS), ("S_kv", _MAX_TOKENS - 1)):
+        if getattr(problem, name) > most:
+            return f"triton takes {name} up to {most}, not {getattr(problem, name)}"
+    for name in ("rows", "n", "num_pages"):
+        if getattr(problem, name) >= 2**31 - _SPANS:
+            return f"triton takes {name} below {2**31 - _SPANS}, not {getattr(problem, name)}"
+    return None
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@functools.cache
+def interpreter_fault() -> str | None:
+    """Try the interpreter once: versions of Triton and NumPy that do not fit each other fail at the first load."""
+    q = torch.ones((1, 1, 1, 1, 16), dtype=torch.bfloat16)
+    call = check(q, q[0], q[0], torch.tensor([[[[[0, 1], [0, 1]]]]], dtype=torch.int32))
+    try:
+        kernel, arguments = launch(call, torch.empty_like(q), None, Config(16, 16))
+        kernel[(1,)](**arguments)
+    except Exception as error:  # Triton wraps whatever NumPy raises into a type of its own
+        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("triton", "numpy"))
+        return f"Triton's interpreter fails with {versions}: {error}"
+    return None
+
+
+def run(call: Call, config: Config | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run a kernel on the current stream; no host synchronisation, no allocation besides out and lse.
+
+    Args:
+        call: a checked call that `unavailable` has nothing against.
+        config: how to launch; None: as `using` says, else the defaults.
+
+    Returns:
+        out [B, S, G, h, Dv] in v's dtype; lse [B, S, G, h] fp32 or None.
+
+    Raises:
+        KernelLaunchError: the launch was refused, as where a configuration takes too much shared memory.
+        RuntimeError: any other CUDA error; every later call may fail as well.
+    """
+    p = call.problem
+    shape = (p.B, p.S, p.G, p.h)
+    out = call.out if call.out is not None else call.v.new_empty((*shape, p.Dv))
+    lse = torch.empty(shape, dtype=torch.float32, device=call.q.device) if call.return_lse else None
+    if not out.numel():
+        return out, lse
+    kernel, arguments = launch(call, out, lse, config or _config.get())
+    with torch.cuda.device(call.q.device) if call.q.is_cuda else contextlib.nullcontext():
+        try:
+            kernel[(p.rows,)](**arguments)
+        except Exception as error:
+            if _refused(error):
+                name = torch.cuda.get_device_name(call.q.device) if call.q.is_cuda else "the CPU"
+                raise KernelLaunchError(f"triton kernel {kernel.__name__} on {name}: {error}") from error
+            raise
+    return out, lse
+
+
+def _refused(error: Exception) -> bool:
+    """Whether nothing was launched and the context can go on."""
+    errors = importlib.import_module("triton.runtime.errors")
+    if isinstance(error, (errors.OutOfResources, errors.PTXASError)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _REFUSALS)
+
+
+def launch(call: Call, out: torch.Tensor, lse: torch.Tensor | None, config: Config) -> tuple[Any, dict[str, Any]]:
+    """Return the kernel of a call and its keyword arguments; the grid is one program a row.
+
+    Args:
+        call: a checked call.
+        out: [B, S, G, h, Dv], any strides, its last dimension contiguous.
+        lse: [B, S, G, h] fp32 contiguous, or None.
+        config: how to launch.
+    """
+    kernels, why = _load()
+    assert kernels is not None, why
+    p = call.problem
+    selection = call.ranges if call.ranges is not None else call.block_indices
+    assert selection is not None
+    kernel = kernels.dense if p.n == 1 else kernels.varlen
+    return kernel, {
+        "q": call.q,
+        "k": call.k,
+        "v": call.v,
+        "selection": selection,
+        "seq_lens": call.seq_lens,
+        "table": call.block_table,
+        "out": out,
+        "lse": lse,
+        "q_strides": call.q.stride()[:4],
+        "k_strides": call.k.stride()[:3],
+        "v_strides": call.v.stride()[:3],
+        "sel_strides": selection.stride()[:4],
+        "out_strides": out.stride()[:4],
+        "seq_stride": 0 if call.seq_lens is None else call.seq_lens.stride(0),
+        "table_strides": (0, 0) if call.block_table is None else call.block_table.stride(),
+        "S": p.S,
+        "G": p.G,
+        "h": p.h,
+        "S_kv": p.S_kv,
+        "n": p.n,
+        "num_pages": p.num_pages,
+        # a block never holds more than the cache; cut to it, a product with a block id stays in 64 bits
+        "block_size": min(p.block_size, max(p.S_kv, 1)),
+        "scale": call.scale * _LOG2_E,
+        "DK": p.Dk,
+        "DV": p.Dv,
+        "PAGE_SIZE": p.page_size,
+        "BLOCKS": p.blocks,
+        "CAUSAL": p.causal,
+        "H": _padded(p.h),
+        "N": config.block_tokens,
+        "D": min(config.block_dims, _padded(p.Dk)),
+        "E": _padded(p.Dv),
+        "C": min(_SPANS, max(2, _power_of_two(p.n))),
+        "INTERPRETED": kernels.INTERPRETED,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+        "enable_fp_fusion": True,  # said outright: versions of Triton differ in the default
+    }
+
+
+def _power_of_two(value: int) -> int:
+    return 1 << max(0, value - 1).bit_length()
+
+
+def _padded(value: int) -> int:
+    """Return the extent of a matrix operand that holds `value`: tensor cores take 16 at the least."""
+    return max(16, _power_of_two(value))
