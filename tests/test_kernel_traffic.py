@@ -158,5 +158,5 @@ def test_bulk_copies_give_the_same_bits_from_the_same_bytes(h: int, dims: tuple[
 
 def test_bulk_copies_are_refused_below_sm_90() -> None:
     q, k = torch.zeros(1, 1, 1, 16, 128).bfloat16(), torch.zeros(1, 1, 64, 128).bfloat16()
-    with pytest.raises(ValueError, match="loads: expected 'cp.async' below compute capability 9.0, got 'bulk'"):
+    with pytest.raises(ValueError, match=r"loads: expected 'cp\.async' below compute capability 9\.0, got 'bulk'"):
         host_run.selection_attention(q, k, k, torch.tensor([[[[[0, 9]]]]]), options=Options(loads="bulk"))
