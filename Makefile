@@ -6,6 +6,7 @@
 #   make wheel       a wheel with kernels in dist/, its compiler from the package index
 #   make lint        ruff, mypy, clang-format: all of them, changing nothing
 #   make bench       the pytest-benchmark suites
+#   make gpu         on a GPU machine, without network: build, prove, measure, judge; results in OUT (docs/gpu-round.md)
 #   make clean       remove what was built; `make distclean` removes the virtual environment too
 #
 # Plain `torch` is a CUDA build of several gigabytes on x86-64 Linux. Without a GPU, a CPU build serves as well: point pip at
@@ -34,7 +35,7 @@ INSTALL_FLAGS := $(if $(filter true,$(NSA_SEL_SYSTEM_CUDA)),--no-build-isolation
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 DEMO_INSTALL := $(if $(HAS_GPU)$(wildcard $(VENV)/.stamp-dev),$(VENV)/.stamp-dev,$(VENV)/.stamp-demo)
 
-.PHONY: demo test test-full wheel lint bench clean distclean
+.PHONY: demo test test-full wheel lint bench gpu clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_INSTALL)
@@ -61,6 +62,15 @@ lint: $(VENV)/.stamp-dev
 
 bench: $(VENV)/.stamp-dev
 	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
+
+# Resumable: the same command goes on where it stopped. A GPU machine may lack network and most of our tools, so nothing is
+# installed but this package, into an environment of its own; DRY=1 takes the development environment of this checkout.
+GPU_OUT = $(if $(filter file,$(origin OUT)),build/gpu/round,$(OUT))
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+gpu: $(if $(DRY),$(VENV)/.stamp-dev)
+	$(GPU_PYTHON) -m benchmarks.gpu --out $(GPU_OUT) $(if $(DRY),--dry) $(if $(SMALL),--small) $(if $(FORCE),--force) \
+	  $(if $(STEPS),--steps $(STEPS)) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(BUDGET),--seconds $(BUDGET)) \
+	  $(if $(PACK),--pack $(PACK))
 
 clean:
 	rm -rf build dist demo_out .pytest_cache .mypy_cache .ruff_cache .hypothesis

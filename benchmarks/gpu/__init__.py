@@ -1,0 +1,1 @@
+"""The round on a GPU: one resumable command that builds, proves and measures, and its dry form."""

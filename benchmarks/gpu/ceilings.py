@@ -1,0 +1,133 @@
+"""What nothing can be faster than, in this run: writes ceilings.csv, whose times stay empty without a GPU.
+
+A streaming read by byte count, an empty kernel as a node of a CUDA graph, the host's time for PyTorch's smallest call.
+"""
+
+from __future__ import annotations
+
+import csv
+import ctypes
+import shutil
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import nsa_sel
+from benchmarks.gpu.common import arguments, finish, has_gpu
+from benchmarks.gpu.twins import device_library
+from nsa_sel.measure import clock
+from nsa_sel.measure.ceiling import measure_ceiling
+
+MB = 10**6
+COLUMNS = ("what", "mode", "bytes", "nodes", "ms_median", "ms_p20", "ms_p80", "gbps", "how", "device")
+SIZES = (MB, 2_621_440, 16 * MB, 64 * MB, 256 * MB, 512 * MB, 1024 * MB)  # 2,621,440: the NSA paper's step at B = 1
+NODES = (1, 2, 16)
+ITERS, WARMUP = 50, 5
+HOST_CALLS = 200
+
+
+def times(samples: list[float]) -> dict[str, str]:
+    """Return the columns of a list of samples in milliseconds."""
+    return {
+        name: f"{value:.7g}"
+        for name, value in zip(("ms_median", "ms_p20", "ms_p80"), clock.quantiles(samples), strict=True)
+    }
+
+
+def reads(device: torch.device, sizes: tuple[int, ...], modes: tuple[str, ...], iters: int) -> list[dict[str, Any]]:
+    """Return rows of a streaming read of each size in each mode, over buffers that together do not fit into L2."""
+    rows = []
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
+    for size in sizes:
+        count = min(max(2, -(-2 * l2 // size)), 16)  # as many as a benchmark has variants of its inputs
+        for mode in modes:
+            memory = torch.cuda.mem_get_info(device)[0] // 3 if device.type == "cuda" else 1 << 28
+            found = measure_ceiling(size, count, mode, device, iters, WARMUP, memory)
+            row = {"what": "streaming read", "mode": mode, "bytes": found.read_bytes, "nodes": count}
+            rows.append(row | times(found.samples) | {"gbps": f"{found.gbps:.7g}", "how": found.reader})
+    return rows
+
+
+def empty_nodes(device: torch.device, library: ctypes.CDLL, nodes: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Return rows of graphs of so many empty kernels, the time for one of them."""
+
+    def empty() -> None:
+        stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+        if (code := library.probe_empty(None, None, None, 0, stream)) != 0:
+            raise RuntimeError(f"empty kernel: launch error {code}")
+
+    rows = []
+    for count in nodes:
+        samples = clock.samples([empty] * count, "graph", device, ITERS, WARMUP)
+        rows.append({"what": "empty kernel", "mode": "graph", "bytes": 0, "nodes": count} | times(samples))
+    return rows
+
+
+def host_time(call: Callable[[], Any], device: torch.device, rounds: int, calls: int) -> list[float]:
+    """Return samples of the host's own milliseconds for a call that the GPU is not waited for."""
+    samples = []
+    for _ in range(rounds):
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        samples.append((time.perf_counter() - start) * 1e3 / calls)
+    torch.cuda.synchronize(device)
+    return samples
+
+
+def host_overheads(device: torch.device) -> list[dict[str, Any]]:
+    """Return rows of what an eager call costs the host: PyTorch's smallest one beside this package's."""
+    q = torch.randn(1, 1, 4, 16, 192, dtype=torch.bfloat16, device=device)
+    k = torch.randn(1, 4, 512, 192, dtype=torch.bfloat16, device=device)
+    v = torch.randn(1, 4, 512, 128, dtype=torch.bfloat16, device=device)
+    blocks = torch.zeros(1, 1, 4, 1, dtype=torch.int32, device=device)
+    small = torch.zeros(1, device=device)
+    calls: dict[str, Callable[[], Any]] = {
+        "eager call of torch.neg": lambda: torch.neg(small),
+        "eager call of selection_attention": lambda: nsa_sel.selection_attention(
+            q, k, v, block_indices=blocks, block_size=64, backend="cuda"
+        ),
+    }
+    rows = []
+    for what, call in calls.items():
+        host_time(call, device, WARMUP, HOST_CALLS)
+        samples = host_time(call, device, ITERS, HOST_CALLS)
+        rows.append({"what": what, "mode": "host", "bytes": 0, "nodes": HOST_CALLS} | times(samples))
+    return rows
+
+
+def planned(sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+    """Return the rows that a GPU would fill."""
+    rows = [{"what": "streaming read", "mode": mode, "bytes": size} for size in sizes for mode in ("eager", "graph")]
+    rows += [{"what": "empty kernel", "mode": "graph", "bytes": 0, "nodes": count} for count in NODES]
+    calls = ("eager call of torch.neg", "eager call of selection_attention")
+    return rows + [{"what": what, "mode": "host", "bytes": 0, "nodes": HOST_CALLS} for what in calls]
+
+
+def main() -> None:
+    """Measure all and write ceilings.csv."""
+    options = arguments(__doc__)
+    dry = options.dry or not has_gpu()
+    sizes = SIZES[:3] if options.small else SIZES
+    if dry:
+        reads(torch.device("cpu"), sizes[:1], ("eager",), 1)  # the reader itself works; its time on a CPU is nobody's
+        rows, name = planned(sizes), "no GPU"
+    else:
+        device = torch.device("cuda", 0)
+        name = torch.cuda.get_device_name(device)
+        rows = reads(device, sizes, ("eager", "graph"), ITERS)
+        rows += empty_nodes(device, device_library(options.out / "build"), NODES)
+        shutil.rmtree(options.out / "build", ignore_errors=True)
+        rows += host_overheads(device)
+    with (options.out / "ceilings.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(row | {"device": name} for row in rows)
+    finish(False, dry, f"{len(rows)} rows")
+
+
+if __name__ == "__main__":
+    main()
