@@ -20,10 +20,12 @@ if(NSA_SEL_ARCHITECTURES STREQUAL "native")
   list(SORT NSA_SEL_ARCHITECTURES COMPARE NATURAL)
 endif()
 
+list(SORT NSA_SEL_ARCHITECTURES COMPARE NATURAL)
+
 # Machine code for each, and PTX of the last, which the driver compiles on GPUs that are newer than this package.
 set(cuda_architectures "")
 foreach(architecture IN LISTS NSA_SEL_ARCHITECTURES)
-  if(NOT architecture MATCHES "^[0-9]+a?$" OR architecture VERSION_LESS 80)
+  if(NOT architecture MATCHES "^[0-9]+$" OR architecture VERSION_LESS 80)
     message(FATAL_ERROR "NSA_SEL_ARCHITECTURES: expected 'native' or numbers from 80 as in 80;90, got '${architecture}'")
   endif()
   list(APPEND cuda_architectures "${architecture}-real")

@@ -1,6 +1,7 @@
 #include "dispatch.h"
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 #include <string>
 
@@ -41,8 +42,8 @@ void check_reach(const DecodeRequest& r, const int64_t* strides, int shift, cons
 }
 
 int checked_int32(int64_t value, const char* name) {
-  if (value < 0 || value > INT32_MAX) {
-    throw std::invalid_argument(std::string(name) + ": expected 0 <= " + name + " < 2^31, got " +
+  if (value < 0 || value > INT32_MAX - 63) {  // loops step by 32
+    throw std::invalid_argument(std::string(name) + ": expected 0 <= " + name + " <= 2^31 - 64, got " +
                                 std::to_string(value));
   }
   return int(value);
@@ -101,12 +102,15 @@ DecodeLaunch prepare_decode(const DecodeRequest& r, const DeviceLimits& device) 
   p.block_size = r.block_size;
   p.index_is_64 = int(r.index_is_64), p.causal = int(r.causal);
   p.scale_log2 = float(r.scale * kLog2E);
+  if (!std::isfinite(p.scale_log2)) {
+    throw std::invalid_argument("softmax_scale: expected a value that fp32 holds, got " + std::to_string(r.scale));
+  }
 
   const PlanRequest request{r.B * r.S * r.G,        int(r.h),         r.max_selected, r.S_kv,
                             r.batch_invariant != 0, int(r.num_splits)};
   launch.plan = plan_decode(tile, request, device);
   const DecodePlan& plan = launch.plan;
-  p.rows = plan.full_rows + plan.split_rows, p.full_rows = plan.full_rows;
+  p.full_rows = plan.full_rows;
   p.num_splits = plan.num_splits, p.num_items = plan.full_rows + plan.split_rows * plan.num_splits;
   p.min_split_tokens = plan.min_split_tokens;
   p.cluster = plan.cluster ? 1 : 0;

@@ -56,7 +56,7 @@ struct DecodeParams {
   float scale_log2;  // softmax scale * log2(e): logits are kept in base 2
 
   // The plan: items [0, full_rows) are whole rows, the rest are (row, split) pairs, split innermost.
-  int32_t rows, full_rows, num_splits, num_items;
+  int32_t full_rows, num_splits, num_items;
   int32_t min_split_tokens;  // a split takes at least this many tokens, so short rows leave later splits empty
   int32_t cluster;           // 1: the splits of a row are the blocks of a cluster, one item each
   SmemLayout smem;

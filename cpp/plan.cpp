@@ -65,7 +65,8 @@ int best_splits(const TileShape& tile, int h, int64_t L) {
 
 DecodePlan plan_decode(const TileShape& tile, const PlanRequest& r, const DeviceLimits& device) {
   DecodePlan plan{};
-  const int64_t bound = r.max_selected >= 0 ? r.max_selected : std::min(kAssumedSelected, r.S_kv);
+  const int64_t bound =
+      r.max_selected >= 0 ? std::min<int64_t>(r.max_selected, INT32_MAX) : std::min(kAssumedSelected, r.S_kv);
   const int64_t tiles = std::max<int64_t>(1, ceil_div(bound, tile.rows_k));
   int wanted = int(std::min<int64_t>(best_splits(tile, r.h, bound), tiles));
   // Up to twice the portable cluster size: a little less parallelism, but no second kernel and no workspace.
@@ -101,9 +102,11 @@ DecodePlan plan_decode(const TileShape& tile, const PlanRequest& r, const Device
   plan.split_rows = int(split_rows);
   plan.grid = int(std::min<int64_t>(items, resident));
   const int64_t partial = int64_t(r.h) * (cluster_head_stride(tile.Dv) + 2) * 4;
-  // Only where every block has one item: a cluster needs its blocks on one GPC at once, and one that has to wait for
-  // others to finish whole rows would double the time.
-  plan.cluster = device.capability >= 90 && full_rows == 0 && plan.num_splits >= 2 &&
+  // Only where every block has one item and an eighth of the SMs stays free: a cluster needs its blocks on one GPC at
+  // once, GPCs do not divide evenly into clusters, and one that had to wait for others would double the time. Never for
+  // batch_invariant, where the same code has to merge a row in every batch.
+  const bool room = items * 8 <= int64_t(resident) * 7 || r.num_splits > 0;
+  plan.cluster = device.capability >= 90 && !r.batch_invariant && room && full_rows == 0 && plan.num_splits >= 2 &&
                  plan.num_splits <= kMaxClusterSize && items == plan.grid &&
                  partial <= int64_t(residency.slots) * tile.slot_bytes;
   plan.workspace_floats = plan.cluster ? 0 : split_rows * plan.num_splits * r.h * (tile.Dv + 2);

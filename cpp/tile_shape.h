@@ -17,7 +17,7 @@ namespace nsa_sel {
 constexpr int kConsumerWarps = 4;
 constexpr int kLoaderWarps = 1;
 constexpr int kDecodeThreads = 32 * (kConsumerWarps + kLoaderWarps + 1);  // + the mapper warp
-constexpr int kMapSlots = 3;  // segments whose row map exists at once: consumed, loading, being built
+constexpr int kMapSlots = 3;   // segments whose row map exists at once: consumed, loading, being built
 constexpr int kMaxSlots = 16;  // of the ring
 constexpr int kSegmentHeaderBytes = 32;
 

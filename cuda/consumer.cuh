@@ -110,8 +110,7 @@ struct Consumer {
   }
 
   __device__ __forceinline__ bool selected(int position, int tokens) const {
-    if (position >= tokens) return false;
-    return p.page_size == 0 || dev::load(smem.map_k(segment.slot) + position) != kNoRow;
+    return position < tokens && dev::load(smem.map_k(segment.slot) + position) != kNoRow;
   }
 
   // Pass 1: base-2 logits of the whole segment into registers; tokens that do not exist are -inf.
@@ -372,7 +371,7 @@ struct Consumer {
 
   // Nothing selected: zeros and lse -inf, or an empty partial, whose O nobody reads.
   __device__ __forceinline__ void write_empty(const SegmentInfo& info) const {
-    const int thread = int(threadIdx.x);  // 0 .. 32 * kConsumerWarps
+    const int thread = int(threadIdx.x);  // [0, 32 * kConsumerWarps)
     if (info.split >= 0) {
       const Partial part = partial_of(info);
       if (thread < p.h) dev::store(reinterpret_cast<float2*>(part.ml + thread * 2), float2{-INFINITY, 0.0f});

@@ -1,11 +1,12 @@
 // decode_kernel.cuh - selection attention at decode: persistent blocks, three roles, one pipeline.
 //
-//   mapper   (1 warp)   selection -> row maps and Q, one segment or item ahead
+//   mapper   (1 warp)   selection -> row maps and Q, up to three segments ahead
 //   loaders  (1 warp)   row maps -> K and V tiles into the ring, as far ahead as it has slots
 //   consumers(4 warps)  K tiles -> logits -> max -> P; V tiles -> O; one write per item
 //
-// They meet only at mbarriers: map full/empty, slot full/empty, Q full/empty. Nobody waits for a role that waits for
-// it: maps depend on nothing but free map slots, tiles on maps and free slots, and consumers free both in order.
+// They meet only at mbarriers: map full/empty, slot full/empty, Q full/empty. Nobody waits in a circle: the maps of an
+// item depend on free map slots alone (its Q comes behind its first map), tiles on maps and free slots, and consumers
+// free both in order.
 #pragma once
 #include "consumer.cuh"
 #include "loader.cuh"

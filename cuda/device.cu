@@ -1,8 +1,10 @@
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "device.h"
+#include "launch.h"
 
 namespace nsa_sel {
 
@@ -24,7 +26,16 @@ DeviceLimits device_limits(int index) {
       throw std::runtime_error("device " + std::to_string(index) + ": " + error_string(int(error)));
     }
   }
-  limits.capability = 10 * major + minor;
+  int previous = 0, code = 0;
+  cudaError_t error = cudaGetDevice(&previous);
+  if (error == cudaSuccess) error = cudaSetDevice(index);
+  if (error == cudaSuccess) error = static_cast<cudaError_t>(code_capability(&code));
+  if (error == cudaSuccess) error = cudaSetDevice(previous);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    throw std::runtime_error("device " + std::to_string(index) + ": " + error_string(int(error)));
+  }
+  limits.capability = std::min(10 * major + minor, code);  // see code_capability
   return limits;
 }
 
@@ -33,19 +44,19 @@ std::string error_string(int code) {
   return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
 }
 
-bool is_sticky(int code) {
+bool is_refusal(int code) {
   switch (static_cast<cudaError_t>(code)) {
-    case cudaErrorIllegalAddress:
-    case cudaErrorIllegalInstruction:
-    case cudaErrorMisalignedAddress:
-    case cudaErrorInvalidAddressSpace:
-    case cudaErrorInvalidPc:
-    case cudaErrorHardwareStackError:
-    case cudaErrorLaunchFailure:
-    case cudaErrorLaunchTimeout:
-    case cudaErrorAssert:
-    case cudaErrorECCUncorrectable:
-    case cudaErrorDevicesUnavailable:
+    case cudaErrorInvalidConfiguration:
+    case cudaErrorLaunchOutOfResources:
+    case cudaErrorInvalidDeviceFunction:
+    case cudaErrorInvalidKernelImage:
+    case cudaErrorNoKernelImageForDevice:
+    case cudaErrorUnsupportedPtxVersion:
+    case cudaErrorJitCompilerNotFound:
+    case cudaErrorJitCompilationDisabled:
+    case cudaErrorSharedObjectInitFailed:
+    case cudaErrorInvalidClusterSize:
+    case cudaErrorNotSupported:
       return true;
     default:
       return false;

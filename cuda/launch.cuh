@@ -25,17 +25,8 @@ int launch_decode(const DecodeParams& params, int grid, int cluster, void* strea
   return error != 0 ? error : dev::launch_kernel(decode_kernel<Traits>, shape, params, stream);
 }
 
-template <Dtype kDtype, int kDk, int kDv, int kHeadTile, Loads kLoads>
-int decode_blocks_per_sm(int smem_bytes, int* out) {
-  using Traits = DecodeTraits<typename ElementOf<kDtype>::type, kDk, kDv, kHeadTile, kLoads>;
-  const int error = dev::configure_kernel<decode_kernel<Traits>>();
-  return error != 0 ? error : dev::blocks_per_sm(decode_kernel<Traits>, Traits::kThreads, unsigned(smem_bytes), out);
-}
-
 // One line in instances/ per compiled kernel.
-#define NSA_SEL_INSTANTIATE_DECODE(dtype, Dk, Dv, head_tile, loads)                                             \
-  template int launch_decode<Dtype::dtype, Dk, Dv, head_tile, Loads::loads>(const DecodeParams&, int grid, int, \
-                                                                            void*);                             \
-  template int decode_blocks_per_sm<Dtype::dtype, Dk, Dv, head_tile, Loads::loads>(int smem_bytes, int* out);
+#define NSA_SEL_INSTANTIATE_DECODE(dtype, Dk, Dv, head_tile, loads) \
+  template int launch_decode<Dtype::dtype, Dk, Dv, head_tile, Loads::loads>(const DecodeParams&, int grid, int, void*);
 
 }  // namespace nsa_sel

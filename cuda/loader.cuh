@@ -37,7 +37,6 @@ __device__ __forceinline__ void copy_by_threads(const Tile& tile, uint64_t* full
       offsets[i][half] = tile.offset((loader_warp + i * kLoaderWarps) * 8 + half * 4 + quad_row);
     }
   const int stop = tile.filled_rows(kRows);
-  const unsigned char* base = tile.base + chunk * 16;
 #pragma unroll
   for (int i = 0; i < kOctets; ++i) {
     const int row = (loader_warp + i * kLoaderWarps) * 8;
@@ -45,7 +44,7 @@ __device__ __forceinline__ void copy_by_threads(const Tile& tile, uint64_t* full
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const bool present = offsets[i][half] != kNoRow;
-      const unsigned char* src = base + uint64_t(present ? offsets[i][half] : 0u) * tile.unit;
+      const unsigned char* src = tile.row_address(present ? offsets[i][half] : 0u) + chunk * 16;
       unsigned char* dst = tile.slot + row * 128 + slab_offset(kRows, half * 4 + quad_row, chunk);
 #pragma unroll
       for (int slab = 0; slab < D / 64; ++slab) {

@@ -46,6 +46,13 @@ __device__ __forceinline__ void fill_map(const DecodeParams& p, const RowIndex& 
   const int lane = threadIdx.x & 31;
   for (int filled = 0; filled < tokens;) {
     while (chunk.total <= from + filled) {
+      if (chunk.next >= p.n) {  // somebody shortens the ranges while they are read: what is gone is not selected
+        for (int at = filled + lane; at < tokens; at += 32) {
+          dev::store(map_k + at, uint32_t{kNoRow});
+          dev::store(map_v + at, uint32_t{kNoRow});
+        }
+        return;
+      }
       const int first = chunk.next;
       chunk.scan(p, load_raw_span(p, r, first + lane), kv_len, first, chunk.total);
     }

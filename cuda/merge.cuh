@@ -12,14 +12,18 @@ template <class T, class Params, class StateOf, class OOf>
 __device__ __forceinline__ void merge_quad(const Params& p, int num_splits, int row, int head, int d,
                                            const StateOf& state_of, const OOf& o_of) {
   float max = -INFINITY;
+#pragma unroll 4
   for (int split = 0; split < num_splits; ++split) max = fmaxf(max, state_of(split).x);
   float sum = 0.0f;
   float4 acc{0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll 4
   for (int split = 0; split < num_splits; ++split) {
     const float2 state = state_of(split);
-    if (state.x == -INFINITY) continue;  // a split without tokens wrote no O
-    const float weight = dev::exp2_approx(state.x - max);
-    const float4 o = o_of(split);
+    // A split without tokens wrote no O. The sum tells, not the max: where every logit is NaN the max is -inf as well,
+    // and the NaN has to come through.
+    const bool wrote = state.y != 0.0f;
+    const float4 o = wrote ? o_of(split) : float4{0.0f, 0.0f, 0.0f, 0.0f};
+    const float weight = wrote ? dev::exp2_approx(state.x - max) : 0.0f;
     sum += weight * state.y;
     acc.x += weight * o.x;
     acc.y += weight * o.y;

@@ -109,8 +109,10 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, uint32_t parity
                  : "=r"(done)
                  : "r"(address), "r"(parity)
                  : "memory");
+    if (done == 0) __nanosleep(20);  // leave the issue slots to the warps that are waited for
 #endif
   }
+  __syncwarp();  // lanes may leave the loop one by one, and the next instruction is often .aligned
 }
 
 // Barrier `id` (1..15) for `threads` threads of the block; 0 is __syncthreads.
@@ -164,8 +166,7 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-// ---- Clusters and programmatic dependent launch (sm_90; never reached below, where the planner asks for neither)
-// -------
+// ---- Clusters and programmatic dependent launch: sm_90; below, the planner asks for neither -------------------------
 
 __device__ __forceinline__ unsigned cluster_rank() {
 #if __CUDA_ARCH__ >= 900

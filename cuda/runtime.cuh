@@ -73,9 +73,11 @@ int launch_kernel(void (*kernel)(Params), const LaunchShape& shape, const Params
 }
 
 template <class Params>
-int blocks_per_sm(void (*kernel)(Params), unsigned block, unsigned smem_bytes, int* out) {
-  const cudaError_t error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(out, kernel, int(block), smem_bytes);
+int code_capability(void (*kernel)(Params), int* out) {
+  cudaFuncAttributes attributes{};
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, kernel);
   if (error != cudaSuccess) cudaGetLastError();
+  *out = attributes.ptxVersion;
   return int(error);
 }
 

@@ -12,7 +12,6 @@ struct DecodeTraits {
   static constexpr TileShape kTile = tile_shape(kDk_, kDv_, kHeadTile, kLoads);
   static constexpr bool kBulk = kLoads == Loads::kBulk;
   static constexpr int kDk = kDk_, kDv = kDv_;
-  static constexpr int kHeadWarps = kTile.head_warps;
   static constexpr int kTokenWarps = kTile.token_warps;
   static constexpr int kUnits = kTile.units;  // units of 8 heads held by a warp
   static constexpr int kRowsK = kTile.rows_k, kRowsV = kTile.rows_v;
@@ -22,8 +21,8 @@ struct DecodeTraits {
   static constexpr int kColumnTiles = kDv / (16 * kTokenWarps);  // m16 tiles of V's columns of a warp
   static constexpr int kThreads = kDecodeThreads;
   static constexpr int kBlocksPerSm = kTile.blocks_per_sm;
-  // Q in registers where they allow it (48 of them at 192 x 16 heads); else a warp rereads it for every K tile.
-  static constexpr int kQRegisters = kUnits * kDk / 8;
+  // Q in registers where they allow it (48 of them at 192 columns and 16 heads); else a warp rereads it for every K
+  // tile.
   static constexpr bool kQInRegisters = kHeadTile == 16;
   // A chain of kDk/16 dependent MMAs is about 400 clocks; two accumulator sets halve it where registers allow.
   static constexpr int kAccumulatorSets = kUnits <= 2 ? 2 : 1;
@@ -132,7 +131,7 @@ struct RingCursor {
   }
 };
 
-// Which item is which (row, split); the plan's rule, shared by mapper and nobody else.
+// Which item is which (row, split); the plan's rule.
 struct WorkItem {
   int row, split;  // split -1: whole row
 };

@@ -178,6 +178,7 @@ PYBIND11_MODULE(_core, m) {
 #if NSA_SEL_HAS_KERNELS
   m.def("device_limits", &nsa_sel::device_limits, "Limits of a GPU by its index.", py::arg("index"));
   m.def("error_string", &nsa_sel::error_string, "Name and text of a cudaError_t.", py::arg("code"));
-  m.def("is_sticky", &nsa_sel::is_sticky, "Whether the context is lost with this cudaError_t.", py::arg("code"));
+  m.def("is_refusal", &nsa_sel::is_refusal, "Whether the device will never take this launch and can go on with others.",
+        py::arg("code"));
 #endif
 }

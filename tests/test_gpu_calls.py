@@ -76,7 +76,7 @@ def test_allocations_are_out_lse_and_workspace_and_no_more(name: str, return_lse
     out = torch.empty(shape, dtype=call["v"].dtype, device="cuda")
     lse = torch.empty(shape[:-1], device="cuda") if return_lse else None
     checked = check(**{key: value for key, value in call.items() if key != "backend"})
-    launch, _ = cuda.plan(checked, out, lse, cuda.device_limits(torch.cuda.current_device()))
+    launch = cuda.plan(checked, out, lse, cuda.device_limits(torch.cuda.current_device()))
     if given_out:
         call["out"] = out
     nsa_sel.selection_attention(**call)

@@ -135,3 +135,27 @@ def test_the_promise_of_max_selected_may_be_broken() -> None:
         result = host_run.selection_attention(**inputs.arguments(return_lse=True, max_selected=bound))
         assert result.findings == []
         assert_matches_reference(result.out, result.lse, inputs)
+
+
+@pytest.mark.parametrize("device", [Device(), mutation.H200], ids=["sm80", "sm90"])
+@pytest.mark.parametrize("num_splits", [1, 2, 7])
+def test_nan_of_a_selected_token_comes_through_every_plan(num_splits: int, device: Device) -> None:
+    """A split whose logits are all NaN has no maximum, like one without tokens; it must not vanish like one."""
+    torch.manual_seed(6)
+    q, k, v = torch.randn(1, 1, 1, 5, 64), torch.randn(1, 1, 300, 64), torch.randn(1, 1, 300, 64)
+    ranges = torch.tensor([[[[[3, 130], [150, 152]]]]])
+    for poisoned, rows in ((q[0, 0, 0, 3], [3]), (k[0, 0, 151], [0, 1, 2, 3, 4])):
+        kept = poisoned.clone()
+        poisoned.fill_(float("nan"))
+        run = host_run.selection_attention(
+            q.bfloat16(), k.bfloat16(), v.bfloat16(), ranges,
+            return_lse=True, num_splits=num_splits, options=Options(device=device),
+        )  # fmt: skip
+        poisoned.copy_(kept)
+        assert run.findings == []
+        assert run.lse is not None
+        expected = torch.zeros(5, dtype=torch.bool)
+        expected[rows] = True
+        assert torch.equal(run.out[0, 0, 0].isnan().all(-1), expected)
+        assert torch.equal(run.out[0, 0, 0].isnan().any(-1), expected)
+        assert torch.equal(run.lse[0, 0, 0].isnan(), expected)

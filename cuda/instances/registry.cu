@@ -5,14 +5,13 @@ namespace nsa_sel {
 
 template <Dtype kDtype, int kDk, int kDv, int kHeadTile, Loads kLoads>
 int launch_decode(const DecodeParams& params, int grid, int cluster, void* stream);
-template <Dtype kDtype, int kDk, int kDv, int kHeadTile, Loads kLoads>
-int decode_blocks_per_sm(int smem_bytes, int* out);
 
 const DecodeInstance& decode_instance(int index) {
-#define NSA_SEL_ENTRY(dtype, Dk, Dv, head_tile, loads)           \
-  {{Dtype::dtype, Dk, Dv, head_tile, Loads::loads},              \
-   launch_decode<Dtype::dtype, Dk, Dv, head_tile, Loads::loads>, \
-   decode_blocks_per_sm<Dtype::dtype, Dk, Dv, head_tile, Loads::loads>},
+#define NSA_SEL_ENTRY(dtype, Dk, Dv, head_tile, loads)              \
+  {                                                                 \
+      {Dtype::dtype, Dk, Dv, head_tile, Loads::loads},              \
+      launch_decode<Dtype::dtype, Dk, Dv, head_tile, Loads::loads>, \
+  },
 #define NSA_SEL_ENTRIES(dtype, Dk, Dv)       \
   NSA_SEL_ENTRY(dtype, Dk, Dv, 16, kCpAsync) \
   NSA_SEL_ENTRY(dtype, Dk, Dv, 32, kCpAsync) \

@@ -132,10 +132,6 @@ class Emulator:
         """Ends a grid with a finding after so many calls; kept over resets."""
         self.lib.emu_set_step_limit(steps)
 
-    def set_blocks_per_sm(self, blocks: int) -> None:
-        """The answer to occupancy queries; kept over resets."""
-        self.lib.emu_set_blocks_per_sm(blocks)
-
     def findings(self) -> list[str]:
         """`kind: file:line: what`, each kind once a place.
 

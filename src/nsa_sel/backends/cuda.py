@@ -13,7 +13,8 @@ from nsa_sel.problem import Call, Problem
 
 core: Any = _build.core
 _DTYPES = {"float16": 0, "bfloat16": 1}  # enum Dtype in cpp/params.h
-_OUT_ALIGNMENT = 8  # bytes: the combine kernel writes four 16-bit columns at once
+_OUT_ALIGNMENT = 8  # bytes: merged splits are written four 16-bit columns at once
+_MOST = 2**31 - 64  # of anything that the kernel counts in 32 bits and steps by 32
 
 
 @functools.cache
@@ -24,17 +25,16 @@ def device_limits(index: int) -> Any:
 
 def unavailable(problem: Problem) -> str | None:
     """Say what the kernel itself cannot take; dtype, dims, heads and alignment are looked at by routing before."""
-    limit = 2**31
     for name in ("S_kv", "n", "num_pages"):
-        if getattr(problem, name) >= limit:
-            return f"{name} is {getattr(problem, name)}, the kernel takes less than 2^31"
+        if getattr(problem, name) > _MOST:
+            return f"{name} is {getattr(problem, name)}, the kernel takes up to {_MOST}"
     return None
 
 
 def plan(
     call: Call, out: torch.Tensor, lse: torch.Tensor | None, limits: Any, num_splits: int = 0, loads: str = "cp.async"
-) -> tuple[Any, torch.Tensor]:
-    """Return the `_core.DecodeLaunch` of a call and the selection it points to, which must outlive the launch call.
+) -> Any:
+    """Return the `_core.DecodeLaunch` of a call; its tensors must live until it has run.
 
     Args:
         call: a checked call.
@@ -72,15 +72,16 @@ def plan(
                 0 if call.block_table is None else call.block_table.stride(0),
             ),
             pages=(p.page_size, p.num_pages) if p.paged else (0, 0),
-            block_size=call.block_size or 0,
+            # a block longer than the cache covers it, and every other one starts behind it
+            block_size=min(call.block_size or 0, max(p.S_kv, 1)),
             index_is_64=p.index_bits == 64,
             causal=call.causal,
             scale=call.scale,
-            max_selected=-1 if call.max_selected is None else call.max_selected,
+            max_selected=-1 if call.max_selected is None else min(call.max_selected, _MOST),
             batch_invariant=call.batch_invariant,
             num_splits=num_splits,
             loads=loads,
-        ), selection
+        )
     except ValueError as error:
         raise PlanError(str(error)) from None
 
@@ -101,7 +102,7 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
     Raises:
         PlanError: strides that reach beyond 2^32 row offsets, or more than 2^31 work items.
         KernelLaunchError: the device refused the launch and can go on (the caller may fall back).
-        RuntimeError: a sticky CUDA error; every later call would fail as well.
+        RuntimeError: any other CUDA error: a lost context, a broken capture, no memory.
     """
     p = call.problem
     device = call.q.device
@@ -113,7 +114,7 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
             out = target
         lse = torch.empty((p.B, p.S, p.G, p.h), dtype=torch.float32, device=device) if call.return_lse else None
         if out.numel() > 0:
-            launch, _selection = plan(call, out, lse, device_limits(device.index))
+            launch = plan(call, out, lse, device_limits(device.index))
             workspace = None
             if launch.workspace_floats > 0:
                 workspace = torch.empty(launch.workspace_floats, dtype=torch.float32, device=device)
@@ -121,7 +122,7 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
             code = launch.run(0 if workspace is None else workspace.data_ptr(), stream)
             if code != 0:
                 message = f"decode kernel on {torch.cuda.get_device_name(device)}: {core.error_string(code)}"
-                raise RuntimeError(message) if core.is_sticky(code) else KernelLaunchError(message)
+                raise KernelLaunchError(message) if core.is_refusal(code) else RuntimeError(message)
         if target is not None and target is not out:
             target.copy_(out)
             out = target

@@ -54,7 +54,6 @@ EMU_API void emu_reset(int schedule, int check, uint64_t seed, int trace) {
 }
 
 EMU_API void emu_set_step_limit(uint64_t steps) { engine.settings.step_limit = steps; }
-EMU_API void emu_set_blocks_per_sm(int blocks) { engine.settings.blocks_per_sm = blocks; }
 
 // Leaves one synchronisation out from now on; 0: no such kind.
 EMU_API int emu_drop(const char* kind, const char* file, int line) {

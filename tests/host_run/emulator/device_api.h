@@ -78,6 +78,5 @@ struct LaunchRequest {
   bool programmatic;
 };
 int launch(LaunchRequest request);
-int blocks_per_sm();
 
 }  // namespace nsa_sel::emu

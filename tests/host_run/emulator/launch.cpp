@@ -149,8 +149,6 @@ int launch(LaunchRequest request) {
   return 0;
 }
 
-int blocks_per_sm() { return engine.settings.blocks_per_sm; }
-
 void begin_stream(int stream) {
   if (!engine.recording) ++engine.session;
   engine.recording = true;
