@@ -13,7 +13,7 @@ from benchmarks.gpu import install, machine
 from benchmarks.gpu.common import FAIL, PASS, ROOT
 from benchmarks.gpu.round import DRY, Outcome, Runner, Step
 
-COMMON_SUITE = ("tests/test_parity.py", "tests/test_contract.py")
+COMMON_SUITE = ("tests/contract/test_parity.py", "tests/contract/test_contract.py")
 # Without a GPU the kernel's source stands in on a part of the common suite; the project's own tests run all of it.
 STAND_IN = "host-run-sm90 and (dims- or pages-)"
 STAND_IN_SMALL = "host-run-sm90 and (dims-192x128 or pages-16)"
@@ -92,7 +92,7 @@ def _judged(runner: Runner, code: int, said: str, counts: Counter[str]) -> Outco
 
 def gpu_tests(runner: Runner) -> Outcome:
     """Every test that needs a GPU; a skip is a failure."""
-    marked = [p for p in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in p.read_text(encoding="utf-8")]
+    marked = [p for p in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in p.read_text(encoding="utf-8")]
     return _judged(runner, *_pytest(runner, "-m", "gpu", *(str(p.relative_to(ROOT)) for p in marked)))
 
 

@@ -13,7 +13,7 @@ from nsa_sel.cli import app
 from nsa_sel.measure import schema
 from nsa_sel.measure.rules import load_rules
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 GUIDE = (DOCS / "measuring.md").read_text(encoding="utf-8")
 RECORDS = sorted((DOCS / "decisions").glob("*.md"))
 

@@ -17,7 +17,7 @@ from nsa_sel.measure.inputs import Inputs, variants_of
 from nsa_sel.measure.peers import PEERS, peers_folder
 from nsa_sel.measure.workload import from_options
 
-FOLDER = Path(__file__).parents[1] / "benchmarks" / "peers"
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "peers"
 CPU = torch.device("cpu")
 
 

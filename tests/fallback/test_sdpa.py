@@ -20,7 +20,7 @@ from nsa_sel.problem import Call
 from nsa_sel.testing import assert_matches_reference
 from nsa_sel.validation import check
 from tests.cases import CASES, Case, blocks, case, fixed, spans
-from tests.sdpa_helpers import call_of, capture, difference
+from tests.fallback.helpers import call_of, capture, difference
 
 CHUNKED = ("h4", "dims-192x128-bf16", "dims-64x64-fp64", "blocks-draft", "pages-packed", "many-rows", "seq-lens",
            "rows-of-very-different-length", "many-tiny-spans", "hostile-int64")  # fmt: skip

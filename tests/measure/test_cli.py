@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from nsa_sel.cli import app
 from nsa_sel.measure import schema
-from tests.data.commands import QUICK, run, table
+from tests.measure.commands import QUICK, run, table
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
 """Compiles the Triton kernels of some cases for a GPU that need not be there; a process of its own, because Triton
-either interprets or compiles. Usage: python -m tests.triton_child ARCHITECTURE CASE:STAGES...
+either interprets or compiles. Usage: python -m tests.kernel.triton_child ARCHITECTURE CASE:STAGES...
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from tests.backends_under_test import no_triton_interpreter
 from tests.cases import Case, case, fixed, spans
 
 pytest.importorskip("triton")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 interpreted = pytest.mark.skipif(no_triton_interpreter() is not None, reason=f"triton: {no_triton_interpreter()}")
 GOOD = Problem(1, 1, 1, 4, 64, 64, 256, 4, "bfloat16")
 
@@ -238,7 +238,7 @@ def test_refused_launches_are_told_from_lost_contexts(monkeypatch: pytest.Monkey
 def compile_child(architecture: int, *wanted: str, folder: Path) -> list[dict[str, Any]]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(folder)}  # what an earlier run compiled proves nothing
-    command = [sys.executable, "-W", "error", "-m", "tests.triton_child", str(architecture), *wanted]
+    command = [sys.executable, "-W", "error", "-m", "tests.kernel.triton_child", str(architecture), *wanted]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])

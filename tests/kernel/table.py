@@ -1,4 +1,4 @@
-"""The README's table of kernels: `python -m tests.kernel_table` writes it anew from the installed build."""
+"""The README's table of kernels: `python -m tests.kernel.table` writes it anew from the installed build."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import nsa_sel
 from nsa_sel import facts
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+README = Path(__file__).resolve().parents[2] / "README.md"
 _TABLE = re.compile(r"<!-- kernels: nvcc ([\d.]+) -->\n(.*?)<!-- /kernels -->\n", re.DOTALL)
 
 

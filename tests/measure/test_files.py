@@ -9,7 +9,7 @@ import pytest
 from nsa_sel.measure import schema
 from nsa_sel.measure.gate import Judgement, judge
 from nsa_sel.measure.rules import RulesError, load_rules
-from tests.data.planted import write
+from tests.planted import write
 
 
 def _verdicts(judgement: Judgement) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from nsa_sel.errors import PolicyError
 from nsa_sel.measure.gate import Judgement, judge
 from nsa_sel.measure.record import decision_record, write_atomically, write_policy, write_record
 from nsa_sel.measure.rules import load_rules
-from tests.data.planted import DEVICE, LENGTHS, bench, cell, decode, write
+from tests.planted import DEVICE, LENGTHS, bench, cell, decode, write
 
 
 def _pass(folder: Path) -> Judgement:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from nsa_sel import policy
-from tests.data.commands import run
-from tests.data.planted import DEVICE, bench, cell, decode, write
+from tests.measure.commands import run
+from tests.planted import DEVICE, bench, cell, decode, write
 
 
 def test_gate_exit_codes_json_and_nothing_written(tmp_path: Path) -> None:

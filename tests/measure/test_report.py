@@ -10,7 +10,7 @@ import pytest
 
 from nsa_sel.measure import schema
 from nsa_sel.measure.report import write_report
-from tests.data.planted import bench, cell, decode, write
+from tests.planted import bench, cell, decode, write
 
 PICTURES = ("speedup", "bandwidth", "share", "roofline")
 

@@ -13,8 +13,8 @@ import pytest
 from nsa_sel.measure import schema
 from nsa_sel.measure.gate import Judgement, judge
 from nsa_sel.measure.rules import load_rules
-from tests.data import planted
-from tests.data.planted import bench, cell, decode, without, write
+from tests import planted
+from tests.planted import bench, cell, decode, without, write
 
 Change = Callable[[pd.DataFrame], pd.DataFrame]
 

@@ -13,7 +13,8 @@ import nsa_sel
 from nsa_sel import facts
 from nsa_sel.cli import app
 from nsa_sel.facts import GPUS, Gpu, Key, Resources
-from tests import kernel_table, sass
+from tests.kernel import sass
+from tests.kernel import table as kernel_table
 
 BUILD = nsa_sel.build_info()
 ARCHITECTURES = BUILD["architectures"] or ["none"]
@@ -225,4 +226,4 @@ def test_table_of_the_readme_is_the_generated_one() -> None:
     compiler, table = kernel_table.shown()
     if BUILD["cuda_version"] != compiler or not {str(gpu.capability) for gpu in GPUS} <= set(ARCHITECTURES):
         pytest.skip(f"the README's table is of nvcc {compiler}, all architectures; this build is another one")
-    assert table == kernel_table.generated(), "run: python -m tests.kernel_table"
+    assert table == kernel_table.generated(), "run: python -m tests.kernel.table"

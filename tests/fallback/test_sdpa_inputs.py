@@ -15,7 +15,7 @@ from nsa_sel.backends import sdpa
 from nsa_sel.testing import assert_matches_reference, make_inputs
 from tests.backends_under_test import backend
 from tests.cases import case
-from tests.sdpa_helpers import call_of, capture
+from tests.fallback.helpers import call_of, capture
 
 
 def test_the_softmax_over_nothing_is_not_left_to_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

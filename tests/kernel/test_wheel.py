@@ -15,9 +15,9 @@ import pytest
 
 import nsa_sel
 from nsa_sel.facts import Key, kernel_of_symbol
-from tests.sass import cuobjdump, module_file
+from tests.kernel.sass import cuobjdump, module_file
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ARCHITECTURES = ("80", "86", "89", "90")
 BUILD = nsa_sel.build_info()
 
