@@ -16,7 +16,7 @@ from nsa_sel.errors import KernelLaunchError, PlanError
 from nsa_sel.policy import save
 from nsa_sel.problem import Call, Problem
 from nsa_sel.routing import BuildInfo, DeviceInfo
-from tests.test_routing import BUILD, H200, NO_KERNELS, OFF, small_call
+from tests.contract.test_routing import BUILD, H200, NO_KERNELS, OFF, small_call
 
 
 class FakeKernels:
