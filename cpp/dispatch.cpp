@@ -76,7 +76,8 @@ DecodeLaunch prepare_decode(const DecodeRequest& r, const DeviceLimits& device) 
 
   DecodeParams& p = launch.decode;
   p.q = r.q, p.k = r.k, p.v = r.v, p.selection = r.selection;
-  p.seq_lens = r.seq_lens, p.block_table = r.block_table;
+  p.counts = r.counts, p.seq_lens = r.seq_lens;
+  p.block_table = r.block_table, p.table_rows = r.table_rows;
   p.out = r.out, p.lse = r.lse;
   p.q_stride_b = r.q_strides[0], p.q_stride_s = r.q_strides[1], p.q_stride_g = r.q_strides[2],
   p.q_stride_h = r.q_strides[3];
@@ -86,7 +87,9 @@ DecodeLaunch prepare_decode(const DecodeRequest& r, const DeviceLimits& device) 
   p.v_stride_b = r.v_strides[0], p.v_stride_g = r.v_strides[1];
   p.sel_stride_b = r.sel_strides[0], p.sel_stride_s = r.sel_strides[1];
   p.sel_stride_g = r.sel_strides[2], p.sel_stride_n = r.sel_strides[3];
-  p.seq_lens_stride = r.seq_lens_stride, p.table_stride_b = r.table_stride;
+  p.counts_stride_b = r.counts_strides[0], p.counts_stride_s = r.counts_strides[1];
+  p.counts_stride_g = r.counts_strides[2];
+  p.seq_lens_stride = r.seq_lens_stride, p.table_stride = r.table_stride, p.table_rows_stride = r.table_rows_stride;
 
   p.unit_shift = choose_unit_shift(r);
   if (p.unit_shift < 4) throw std::invalid_argument("k, v: expected strides that are multiples of 16 bytes");
@@ -99,6 +102,7 @@ DecodeLaunch prepare_decode(const DecodeRequest& r, const DeviceLimits& device) 
   p.S = checked_int32(r.S, "S"), p.G = checked_int32(r.G, "G"), p.h = int(r.h), p.n = checked_int32(r.n, "n");
   p.S_kv = checked_int32(r.S_kv, "S_kv");
   p.page_size = checked_int32(r.page_size, "page_size"), p.num_pages = checked_int32(r.num_pages, "num_pages");
+  p.num_tables = checked_int32(r.num_tables, "num_tables");
   p.block_size = r.block_size;
   p.index_is_64 = int(r.index_is_64), p.causal = int(r.causal);
   p.scale_log2 = float(r.scale * kLog2E);

@@ -31,8 +31,10 @@ struct DecodeParams {
   const void* k;               // [B, G, S_kv, Dk]; paged: [P, G, page_size, Dk]
   const void* v;               // [B, G, S_kv, Dv]; paged: [P, G, page_size, Dv]
   const void* selection;       // ranges [B, S, G, n, 2] or block_indices [B, S, G, n], int32 or int64
+  const int32_t* counts;       // [B, S, G] or null: all n slots of the selection are in use
   const int32_t* seq_lens;     // [B] or null: S_kv tokens in every request
-  const int32_t* block_table;  // [B, max_pages] or null: not paged
+  const int32_t* block_table;  // [R, max_pages] or null: not paged
+  const int32_t* table_rows;   // [B] or null: request b uses row b
   void* out;                   // [B, S, G, h, Dv]
   float* lse;                  // [B, S, G, h] contiguous, or null
   float* partial_o;            // [split_rows, num_splits, h, Dv]: unnormalised O of each split
@@ -43,7 +45,8 @@ struct DecodeParams {
   int64_t k_stride_b, k_stride_g;  // stride_b unused when paged
   int64_t v_stride_b, v_stride_g;
   int64_t sel_stride_b, sel_stride_s, sel_stride_g, sel_stride_n;
-  int64_t seq_lens_stride, table_stride_b;
+  int64_t counts_stride_b, counts_stride_s, counts_stride_g;
+  int64_t seq_lens_stride, table_stride, table_rows_stride;
   uint32_t k_unit_token, k_unit_page, v_unit_token, v_unit_page;  // row offsets within one (b, g) or one pool, in units
   int32_t unit_shift;
 
@@ -51,6 +54,7 @@ struct DecodeParams {
   int32_t S_kv;        // max_pages * page_size when paged
   int32_t page_size;   // 0: not paged
   int32_t num_pages;   // P
+  int32_t num_tables;  // R
   int64_t block_size;  // 0: selection holds ranges
   int32_t index_is_64, causal;
   float scale_log2;  // softmax scale * log2(e): logits are kept in base 2

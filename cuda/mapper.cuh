@@ -41,12 +41,14 @@ __device__ __forceinline__ void load_q(const DecodeParams& p, const SharedViews<
 
 // Fills positions [from, from + tokens) of the row into a map slot; walks on to later chunks of spans where needed.
 template <class Traits>
-__device__ __forceinline__ void fill_map(const DecodeParams& p, const RowIndex& r, int kv_len, SpanChunk& chunk,
-                                         long long from, int tokens, uint32_t* map_k, uint32_t* map_v) {
+__device__ __forceinline__ void fill_map(const DecodeParams& p, const RowIndex& r, const RowLimits& limits,
+                                         SpanChunk& chunk, long long from, int tokens, uint32_t* map_k,
+                                         uint32_t* map_v) {
   const int lane = threadIdx.x & 31;
   for (int filled = 0; filled < tokens;) {
     while (chunk.total <= from + filled) {
-      if (chunk.next >= p.n) {  // somebody shortens the ranges while they are read: what is gone is not selected
+      if (chunk.next >=
+          limits.slots) {  // somebody shortens the ranges while they are read: what is gone is not selected
         for (int at = filled + lane; at < tokens; at += 32) {
           dev::store(map_k + at, uint32_t{kNoRow});
           dev::store(map_v + at, uint32_t{kNoRow});
@@ -54,14 +56,14 @@ __device__ __forceinline__ void fill_map(const DecodeParams& p, const RowIndex& 
         return;
       }
       const int first = chunk.next;
-      chunk.scan(p, load_raw_span(p, r, first + lane), kv_len, first, chunk.total);
+      chunk.scan(p, load_raw_span(p, r, first + lane, limits.slots), limits, first, chunk.total);
     }
     const int stop = int(min(static_cast<long long>(tokens), chunk.total - from));
     for (int at = filled; at < stop; at += 32) {
       const int mine = min(at + lane, stop - 1);  // all lanes take part in the search
       const int token = chunk.token_at(from, mine);
       if (at + lane < stop) {
-        const RowOffsets offsets = resolve_token(p, r.b, token);
+        const RowOffsets offsets = resolve_token(p, limits.table, token);
         dev::store(map_k + mine, offsets.k);
         dev::store(map_v + mine, offsets.v);
       }
@@ -91,16 +93,18 @@ __device__ __forceinline__ void run(const DecodeParams& p, const SharedViews<Tra
 
   int item = int(blockIdx.x);
   RowIndex row = row_index(item < p.num_items ? work_item(p, item).row : 0, p.S, p.G);
-  RawSpan raw = item < p.num_items ? load_raw_span(p, row, lane) : RawSpan{-1, 0};
-  int kv_len = item < p.num_items ? visible_tokens(p, row) : 0;
+  // The first 32 spans are asked for beside their count, not behind it: what lies beyond is read and dropped.
+  RawSpan raw = item < p.num_items ? load_raw_span(p, row, lane, p.n) : RawSpan{-1, 0};
+  RowLimits limits = item < p.num_items ? row_limits(p, row) : RowLimits{};
   while (item < p.num_items) {
     const WorkItem work = work_item(p, item);
     SpanChunk chunk;
-    chunk.scan(p, raw, kv_len, 0, 0);
+    chunk.scan(p, raw, limits, 0, 0);
     long long L = chunk.total;
-    for (int first = 32; first < p.n; first += 32) {  // long selections: count first, so that the last segment is known
+    for (int first = 32; first < limits.slots;
+         first += 32) {  // long selections: count first, so that the last segment is known
       SpanChunk more;
-      more.scan(p, load_raw_span(p, row, first + lane), kv_len, first, L);
+      more.scan(p, load_raw_span(p, row, first + lane, limits.slots), limits, first, L);
       L = more.total;
     }
 
@@ -108,11 +112,11 @@ __device__ __forceinline__ void run(const DecodeParams& p, const SharedViews<Tra
     const int next_item = item + int(gridDim.x);
     RowIndex next_row = row;
     RawSpan next_raw{-1, 0};
-    int next_kv_len = 0;
+    RowLimits next_limits{};
     if (next_item < p.num_items) {
       next_row = row_index(work_item(p, next_item).row, p.S, p.G);
-      next_raw = load_raw_span(p, next_row, lane);
-      next_kv_len = visible_tokens(p, next_row);
+      next_raw = load_raw_span(p, next_row, lane, p.n);
+      next_limits = row_limits(p, next_row);
     }
 
     const TokenRange range = tokens_of_item(p, work, L);
@@ -129,7 +133,7 @@ __device__ __forceinline__ void run(const DecodeParams& p, const SharedViews<Tra
       header.info.tokens = tokens;
       header.info.flags = (from == range.from ? kFirstSegment : 0) | (from + tokens == range.to ? kLastSegment : 0);
       dev::mbarrier_wait(smem.map_empty + slot.slot, slot.phase ^ 1);
-      fill_map<Traits>(p, row, kv_len, chunk, from, tokens, smem.map_k(slot.slot), smem.map_v(slot.slot));
+      fill_map<Traits>(p, row, limits, chunk, from, tokens, smem.map_k(slot.slot), smem.map_v(slot.slot));
       publish(smem, slot, header);
       if (from == range.from && tokens > 0) {  // behind the map: K may already fly while Q waits for its place
         load_q(p, smem, row, q_phase);
@@ -141,7 +145,7 @@ __device__ __forceinline__ void run(const DecodeParams& p, const SharedViews<Tra
     item = next_item;
     row = next_row;
     raw = next_raw;
-    kv_len = next_kv_len;
+    limits = next_limits;
   }
 
   SegmentHeader stop{};

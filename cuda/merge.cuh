@@ -14,6 +14,7 @@ __device__ __forceinline__ void merge_quad(const Params& p, int num_splits, int 
   float max = -INFINITY;
 #pragma unroll 4
   for (int split = 0; split < num_splits; ++split) max = fmaxf(max, state_of(split).x);
+  const float base = softmax_base(max);
   float sum = 0.0f;
   float4 acc{0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll 4
@@ -23,7 +24,7 @@ __device__ __forceinline__ void merge_quad(const Params& p, int num_splits, int 
     // and the NaN has to come through.
     const bool wrote = state.y != 0.0f;
     const float4 o = wrote ? o_of(split) : float4{0.0f, 0.0f, 0.0f, 0.0f};
-    const float weight = wrote ? dev::exp2_approx(state.x - max) : 0.0f;
+    const float weight = wrote ? dev::exp2_approx(state.x - base) : 0.0f;
     sum += weight * state.y;
     acc.x += weight * o.x;
     acc.y += weight * o.y;

@@ -11,10 +11,11 @@ struct RawSpan {
   long long first, second;  // start, end of a range; block id, unused of a block selection
 };
 
-// Reads slot i of the row's selection; a slot beyond n is unused. Range values are data: anything may stand there.
-__device__ __forceinline__ RawSpan load_raw_span(const DecodeParams& p, const RowIndex& r, int i) {
+// Reads slot i of the row's selection; a slot from `slots` on is unused. Range values are data: anything may stand
+// there.
+__device__ __forceinline__ RawSpan load_raw_span(const DecodeParams& p, const RowIndex& r, int i, int slots) {
   const bool blocks = p.block_size > 0;
-  if (i >= p.n) return blocks ? RawSpan{-1, 0} : RawSpan{0, 0};
+  if (i >= slots) return blocks ? RawSpan{-1, 0} : RawSpan{0, 0};
   const int64_t at = r.b * p.sel_stride_b + r.s * p.sel_stride_s + r.g * p.sel_stride_g + i * p.sel_stride_n;
   if (p.index_is_64) {
     const long long* sel = static_cast<const long long*>(p.selection) + at;
@@ -24,11 +25,25 @@ __device__ __forceinline__ RawSpan load_raw_span(const DecodeParams& p, const Ro
   return {dev::load(sel), blocks ? 0 : dev::load(sel + 1)};
 }
 
-// Tokens that row r may see: the clamp's upper end.
-__device__ __forceinline__ int visible_tokens(const DecodeParams& p, const RowIndex& r) {
-  int kv_len = p.S_kv;
-  if (p.seq_lens != nullptr) kv_len = min(max(dev::load(p.seq_lens + r.b * p.seq_lens_stride), 0), p.S_kv);
-  return p.causal ? max(0, kv_len - p.S + r.s + 1) : kv_len;
+// What bounds a row's selection, beside the spans themselves.
+struct RowLimits {
+  int kv_len;  // tokens that the row may see: the clamp's upper end
+  int slots;   // of its selection in use
+  int table;   // its row of block_table
+};
+__device__ __forceinline__ RowLimits row_limits(const DecodeParams& p, const RowIndex& r) {
+  RowLimits limits{p.S_kv, p.n, r.b};
+  if (p.seq_lens != nullptr) limits.kv_len = min(max(dev::load(p.seq_lens + r.b * p.seq_lens_stride), 0), p.S_kv);
+  if (p.causal) limits.kv_len = max(0, limits.kv_len - p.S + r.s + 1);
+  if (p.counts != nullptr) {
+    const int* count = p.counts + r.b * p.counts_stride_b + r.s * p.counts_stride_s + r.g * p.counts_stride_g;
+    limits.slots = min(max(dev::load(count), 0), p.n);
+  }
+  if (p.table_rows != nullptr) {
+    limits.table = dev::load(p.table_rows + r.b * p.table_rows_stride);
+    if (uint32_t(limits.table) >= uint32_t(p.num_tables)) limits.slots = 0;  // no such row: nothing is selected
+  }
+  return limits;
 }
 
 struct Span {
@@ -57,10 +72,10 @@ struct SpanChunk {
   int next;         // index of the first span behind this chunk
 
   // Starts at span `first`, behind `before` tokens.
-  __device__ __forceinline__ void scan(const DecodeParams& p, const RawSpan& raw, int kv_len, int first,
+  __device__ __forceinline__ void scan(const DecodeParams& p, const RawSpan& raw, const RowLimits& limits, int first,
                                        long long before) {
     const int lane = threadIdx.x & 31;
-    span = clamp_span(p, raw, kv_len);
+    span = first + lane < limits.slots ? clamp_span(p, raw, limits.kv_len) : Span{0, 0};
     end = span.length;
 #pragma unroll
     for (int step = 1; step < 32; step *= 2) {
@@ -91,12 +106,12 @@ struct SpanChunk {
 struct RowOffsets {
   uint32_t k, v;
 };
-__device__ __forceinline__ RowOffsets resolve_token(const DecodeParams& p, int b, int token) {
+__device__ __forceinline__ RowOffsets resolve_token(const DecodeParams& p, int table, int token) {
   uint32_t page = 0, in_page = uint32_t(token);
   if (p.page_size > 0) {
     const uint32_t logical = uint32_t(token) / uint32_t(p.page_size);
     in_page = uint32_t(token) - logical * uint32_t(p.page_size);
-    page = uint32_t(dev::load(p.block_table + b * p.table_stride_b + logical));
+    page = uint32_t(dev::load(p.block_table + table * p.table_stride + logical));
     if (page >= uint32_t(p.num_pages)) return {kNoRow, kNoRow};  // the caller's mistake: not selected, never followed
   }
   return {page * p.k_unit_page + in_page * p.k_unit_token, page * p.v_unit_page + in_page * p.v_unit_token};

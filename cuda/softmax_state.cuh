@@ -4,6 +4,10 @@
 
 namespace nsa_sel {
 
+// What logits of a head are taken relative to. An infinite max is no base: (-inf) - (-inf) and inf - inf are NaN, while
+// exp2(-inf - 0) is the 0 of a row without tokens and exp2(inf - 0) the infinity that log-sum-exp gives.
+__device__ __forceinline__ float softmax_base(float max) { return fabsf(max) == INFINITY ? 0.0f : max; }
+
 // State of N heads in registers of one thread. The sum is the thread's own share until the epilogue adds the shares up.
 template <int N>
 struct SoftmaxState {
@@ -21,16 +25,15 @@ struct SoftmaxState {
   // Raises head i's max and returns the factor that brings what was summed under the old one to the new one.
   __device__ __forceinline__ float raise(int i, float new_max) {
     const float raised = fmaxf(max[i], new_max);
-    // Nothing seen yet on both sides: (-inf) - (-inf) is NaN, and so would be every later sum.
-    const float factor = raised == -INFINITY ? 1.0f : dev::exp2_approx(max[i] - raised);
+    const float factor = dev::exp2_approx(max[i] - softmax_base(raised));
     max[i] = raised;
     sum[i] *= factor;
     return factor;
   }
 
-  // exp2(logit - max), 0 for a masked logit; a row of masked logits has max -inf and must give 0, not NaN.
+  // exp2(logit - max), 0 for a masked logit.
   __device__ __forceinline__ float weight(int i, float logit) const {
-    return dev::exp2_approx(logit - (max[i] == -INFINITY ? 0.0f : max[i]));
+    return dev::exp2_approx(logit - softmax_base(max[i]));
   }
 };
 
@@ -40,7 +43,7 @@ __device__ __forceinline__ float inverse_sum(float sum) { return sum == 0.0f ? 0
 // Natural-log-sum-exp from a base-2 max and a sum; -inf where nothing was selected.
 __device__ __forceinline__ float natural_lse(float max, float sum) {
   constexpr float kLn2 = 0.693147180559945309f;
-  return sum == 0.0f ? -INFINITY : (max + log2f(sum)) * kLn2;
+  return sum == 0.0f ? -INFINITY : (softmax_base(max) + log2f(sum)) * kLn2;
 }
 
 }  // namespace nsa_sel

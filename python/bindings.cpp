@@ -129,7 +129,9 @@ PYBIND11_MODULE(_core, m) {
                        std::array<int64_t, 4> out_strides, std::array<int64_t, 4> sel_strides,
                        std::array<int64_t, 2> list_strides, std::array<int64_t, 2> pages, int64_t block_size,
                        bool index_is_64, bool causal, double scale, int64_t max_selected, bool batch_invariant,
-                       int64_t num_splits, const std::string& loads) {
+                       int64_t num_splits, const std::string& loads, std::uintptr_t counts,
+                       std::array<int64_t, 3> counts_strides, std::uintptr_t table_rows, int64_t table_rows_stride,
+                       int64_t num_tables) {
              DecodeRequest r{};
              r.q = pointer<void>(pointers[0]), r.k = pointer<void>(pointers[1]), r.v = pointer<void>(pointers[2]);
              r.selection = pointer<void>(pointers[3]);
@@ -144,7 +146,10 @@ PYBIND11_MODULE(_core, m) {
              std::copy(out_strides.begin(), out_strides.end(), r.out_strides);
              std::copy(sel_strides.begin(), sel_strides.end(), r.sel_strides);
              r.seq_lens_stride = list_strides[0], r.table_stride = list_strides[1];
-             r.page_size = pages[0], r.num_pages = pages[1];
+             r.page_size = pages[0], r.num_pages = pages[1], r.num_tables = num_tables;
+             r.counts = pointer<int32_t>(counts), r.table_rows = pointer<int32_t>(table_rows);
+             std::copy(counts_strides.begin(), counts_strides.end(), r.counts_strides);
+             r.table_rows_stride = table_rows_stride;
              r.block_size = block_size, r.index_is_64 = index_is_64, r.causal = causal, r.scale = scale;
              r.max_selected = max_selected, r.batch_invariant = batch_invariant, r.num_splits = num_splits;
              r.loads = int64_t(loads_by_name(loads));
@@ -157,7 +162,9 @@ PYBIND11_MODULE(_core, m) {
            py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"), py::arg("out_strides"),
            py::arg("sel_strides"), py::arg("list_strides"), py::arg("pages"), py::arg("block_size"),
            py::arg("index_is_64"), py::arg("causal"), py::arg("scale"), py::arg("max_selected"),
-           py::arg("batch_invariant"), py::arg("num_splits"), py::arg("loads") = "cp.async")
+           py::arg("batch_invariant"), py::arg("num_splits"), py::arg("loads") = "cp.async", py::arg("counts") = 0,
+           py::arg("counts_strides") = std::array<int64_t, 3>{}, py::arg("table_rows") = 0,
+           py::arg("table_rows_stride") = 0, py::arg("num_tables") = 0)
       .def_property_readonly("workspace_floats",
                              [](const DecodeLaunch& launch) { return launch.plan.workspace_floats; })
       .def_property_readonly("plan", [](const DecodeLaunch& launch) { return plan_dict(launch.plan); })

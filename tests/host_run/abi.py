@@ -16,9 +16,9 @@ from tests.host_run.emulator import Emulator
 ROOT = Path(__file__).resolve().parents[2]
 HOST_SOURCE = "tests/host_run/kernel_host.cpp"
 DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # enum Dtype in cpp/params.h
-POINTERS = ("q", "k", "v", "selection", "seq_lens", "block_table", "out", "lse")
-_SIZES = ("dtype", "B", "S", "G", "h", "Dk", "Dv", "S_kv", "n", "page_size", "num_pages", "block_size", "index_is_64")
-_FLAGS = ("causal", "max_selected", "batch_invariant", "num_splits", "loads")
+POINTERS = ("q", "k", "v", "selection", "counts", "seq_lens", "block_table", "table_rows", "out", "lse")
+_SIZES = ("dtype", "B", "S", "G", "h", "Dk", "Dv", "S_kv", "n", "page_size", "num_pages", "num_tables", "block_size")
+_FLAGS = ("index_is_64", "causal", "max_selected", "batch_invariant", "num_splits", "loads")
 LOADS = ("cp.async", "bulk")  # enum Loads
 
 
@@ -33,8 +33,8 @@ class Request(ctypes.Structure):
         ("v_strides", ctypes.c_int64 * 3),
         ("out_strides", ctypes.c_int64 * 4),
         ("sel_strides", ctypes.c_int64 * 4),
-        ("seq_lens_stride", ctypes.c_int64),
-        ("table_stride", ctypes.c_int64),
+        ("counts_strides", ctypes.c_int64 * 3),
+        *((name, ctypes.c_int64) for name in ("seq_lens_stride", "table_stride", "table_rows_stride")),
         ("scale", ctypes.c_double),
     ]
 

@@ -134,8 +134,10 @@ def prepare(
     *,
     block_indices: torch.Tensor | None = None,
     block_size: int | None = None,
+    counts: torch.Tensor | None = None,
     seq_lens: torch.Tensor | None = None,
     block_table: torch.Tensor | None = None,
+    table_rows: torch.Tensor | None = None,
     causal: bool = True,
     max_selected: int | None = None,
     softmax_scale: float | None = None,
@@ -177,17 +179,20 @@ def prepare(
     lse = torch.empty((B, S, G, h), dtype=torch.float32) if return_lse else None
     request = Request(
         **{name: t.data_ptr() if t is not None else None for name, t in zip(
-            POINTERS, (q, k, v, selection, seq_lens, block_table, result, lse), strict=True)},
+            POINTERS, (q, k, v, selection, counts, seq_lens, block_table, table_rows, result, lse), strict=True)},
         dtype=DTYPES[q.dtype], B=B, S=S, G=G, h=h, Dk=Dk, Dv=Dv, S_kv=S_kv, n=n,
         page_size=page_size, num_pages=k.shape[0] if block_table is not None else 0,
+        num_tables=block_table.shape[0] if block_table is not None else 0,
         block_size=int(block_size or 0) if block_indices is not None else 0,
         index_is_64=selection.dtype == torch.int64, causal=causal,
         max_selected=-1 if max_selected is None else max_selected,
         batch_invariant=batch_invariant, num_splits=num_splits or 0, loads=LOADS.index(options.loads),
         q_strides=q.stride()[:4], k_strides=k.stride()[:3], v_strides=v.stride()[:3],
         out_strides=result.stride()[:4], sel_strides=selection.stride()[:4],
+        counts_strides=counts.stride() if counts is not None else (0, 0, 0),
         seq_lens_stride=seq_lens.stride(0) if seq_lens is not None else 0,
         table_stride=block_table.stride(0) if block_table is not None else 0,
+        table_rows_stride=table_rows.stride(0) if table_rows is not None else 0,
         scale=Dk**-0.5 if softmax_scale is None else softmax_scale,
     )  # fmt: skip
     plan = plan_call(lib, request, options.device)
@@ -199,7 +204,7 @@ def prepare(
         "selection": (selection, False),
         "out": (result, True),
     }
-    optional = {"seq_lens": seq_lens, "block_table": block_table}
+    optional = {"counts": counts, "seq_lens": seq_lens, "block_table": block_table, "table_rows": table_rows}
     buffers.update({name: (t, False) for name, t in optional.items() if t is not None})
     if lse is not None:
         buffers["lse"] = (lse, True)
