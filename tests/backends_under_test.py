@@ -18,7 +18,7 @@ from tests import host_run
 from tests.cases import HALF, KERNEL_DIMS, Case
 from tests.host_run import mutation
 
-Result = tuple[torch.Tensor, torch.Tensor]  # out [B, S, G, h, Dv], lse [B, S, G, h]
+Result = tuple[torch.Tensor, Any]  # out [B, S, G, h, Dv], lse [B, S, G, h] (None: not asked for)
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class BackendUnderTest:
     name: str
     missing: Callable[[], str | None]  # why this machine does not have it
     cannot: Callable[[Case], str | None]  # why it does not take a case, by contract
-    run: Callable[..., Result]  # (inputs, **keywords of the call); asserts that this backend ran
+    run: Callable[..., Result]  # (inputs, **keywords of the call, with lse by default); asserts that this backend ran
     device: str = "cpu"
 
 
@@ -39,10 +39,11 @@ def counted(stats: dict[str, dict[str, int]]) -> dict[tuple[str, str], int]:
 
 def run_public(inputs: Inputs, device: str, backend: str, expected: nsa_sel.Decision, **options: Any) -> Result:
     """Call the public function on a device, and require that explain() and stats() name the expected backend."""
-    arguments = inputs.to(device).arguments(return_lse=True, backend=backend, **options)
+    arguments = inputs.to(device).arguments(**{"return_lse": True, "backend": backend, **options})
     assert nsa_sel.explain(**arguments) == expected
     before = counted(nsa_sel.stats())
-    out, lse = nsa_sel.selection_attention(**arguments)
+    result = nsa_sel.selection_attention(**arguments)
+    out, lse = result if isinstance(result, tuple) else (result, None)
     after = counted(nsa_sel.stats())
     ran = {key: count - before.get(key, 0) for key, count in after.items() if count != before.get(key, 0)}
     assert ran == {(expected.backend, expected.reason): 1}, f"expected {expected} to run once, got {ran}"
@@ -117,13 +118,13 @@ def _host_run(schedule: int, device: host_run.Device) -> Callable[..., Result]:
     """The kernel's own source on the CPU: a HostRun can come from nowhere else, and it must be without findings."""
 
     def run(inputs: Inputs, **options: Any) -> Result:
-        arguments = inputs.to("cpu").arguments(return_lse=True, **options)
+        arguments = inputs.to("cpu").arguments(**{"return_lse": True, **options})
         result = host_run.selection_attention(**arguments, schedule=schedule, options=host_run.Options(device=device))
         assert isinstance(result, host_run.HostRun)
         assert result.findings == []
         if result.out.numel():
             assert result.counters["ops"]["STG"].requests > 0, "nothing was stored by the kernel"
-        assert result.lse is not None
+        assert (result.lse is not None) == arguments["return_lse"]
         return result.out, result.lse
 
     return run

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from nsa_sel.backends import sdpa
 from nsa_sel.errors import AutogradError
@@ -95,6 +96,8 @@ def _no_lse(like: torch.Tensor) -> torch.Tensor:
 
 @torch.library.register_fake("nsa_sel::selection_attention", lib=_library)
 def _fake_forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    if forward_ad._current_level >= 0:  # the compiled graph runs below autograd and would drop the tangents
+        raise AutogradError("torch.compile: expected no level of forward-mode AD, got a call inside of one")
     q, v = arguments[0], arguments[2]
     out = v.new_empty((*q.shape[:4], v.shape[3]))
     return out, q.new_empty(q.shape[:4], dtype=torch.float32) if arguments[_LSE] else _no_lse(out)
@@ -122,6 +125,8 @@ def _differentiate(ctx: Any, d_out: torch.Tensor | None, d_lse: torch.Tensor | N
         return None, None, None, *none
     if not arguments[_LSE]:
         d_lse = None
+    if torch.is_grad_enabled():  # create_graph=True: the operator's own backward has no derivative
+        return *sdpa.backward(_check(tuple(arguments))[0], out, d_out, d_lse), *none
     return *torch.ops.nsa_sel.selection_attention_backward.default(out, d_out, d_lse, *arguments), *none
 
 

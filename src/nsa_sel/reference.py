@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -96,11 +97,10 @@ def selection_attention_reference(
             continue
         keys, values = _fetch(k, block_table, b, g, tokens), _fetch(v, block_table, b, g, tokens)
         logits = scale * (q[b, s, g].detach().to("cpu", torch.float64) @ keys.T)  # [h, L]
-        top = logits.max(dim=1, keepdim=True).values
-        weights = torch.exp(logits - top)
-        total = weights.sum(dim=1, keepdim=True)
-        out[i] = (weights / total) @ values
-        lse[i] = (top + torch.log(total))[:, 0]
+        lse[i] = torch.logsumexp(logits, dim=1)
+        # where every logit is -inf nothing has weight: softmax would divide 0 by 0, and out is 0 as in an empty row
+        weights = torch.softmax(logits, dim=1).masked_fill((lse[i] == -math.inf)[:, None], 0)
+        out[i] = weights @ values
     if rows is not None:
         return out, lse
     return out.view(B, S, G, h, v.shape[-1]), lse.view(B, S, G, h)

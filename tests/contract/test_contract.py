@@ -115,15 +115,55 @@ def test_two_runs_give_the_same_bits(backend: BackendUnderTest, name: str) -> No
     assert torch.equal(first[1], second[1])
 
 
+LSE = [
+    case("blocks-64"),
+    # of a length and number where memory for lse, if it were planned for, would cut the rows otherwise
+    Case(
+        "uneven",
+        fixed([[[0, 500]], [[3, 166]], [[0, 0]], [[7, 270]]]),
+        B=8,
+        G=1,
+        h=1,
+        Dk=128,
+        Dv=128,
+        S_kv=500,
+        dtype=torch.float32,
+        causal=False,
+    ),
+]
+
+
 @on_every_backend
-def test_asking_for_lse_does_not_change_out(backend: BackendUnderTest) -> None:
-    inputs = case("blocks-64").inputs().to(backend.device)
-    name = {"auto-on-cpu": "auto", "sdpa-on-gpu": "sdpa"}.get(backend.name, backend.name)
-    if name not in ("auto", "sdpa", "cuda"):
-        pytest.skip(f"{backend.name} always computes lse")
-    out = nsa_sel.selection_attention(**inputs.arguments(backend=name))
-    assert isinstance(out, torch.Tensor)
-    assert torch.equal(out.cpu(), run_alone(backend, inputs)[0])
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("chosen", LSE, ids=lambda chosen: chosen.name)
+def test_asking_for_lse_does_not_change_out(backend: BackendUnderTest, chosen: Case, batch_invariant: bool) -> None:
+    if backend.cannot(chosen) is not None:
+        pytest.skip(f"{backend.name}: {backend.cannot(chosen)}")
+    inputs = chosen.inputs()
+    out, nothing = backend.run(inputs, return_lse=False, batch_invariant=batch_invariant)
+    assert nothing is None
+    assert torch.equal(out.cpu(), run_alone(backend, inputs, batch_invariant=batch_invariant)[0])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, under Triton's interpreter
+@on_every_backend
+@pytest.mark.parametrize("batch_invariant", [False, True])
+@pytest.mark.parametrize("tokens", [1, 9, 64, 200])
+@pytest.mark.parametrize("value", [math.inf, -math.inf])
+def test_one_infinite_logit(backend: BackendUnderTest, value: float, tokens: int, batch_invariant: bool) -> None:
+    """lse is that of torch.logsumexp; out is NaN as softmax makes it, and 0 where no token has any weight."""
+    other = tokens // 2 + 1
+    inputs = Case("", fixed([[[0, tokens]], [[40, 40 + other]]]), B=2, G=1, h=2, n=1).inputs()
+    inputs.q[..., 0] = 1
+    inputs.k[0, 0, 0, 0] = value
+    out, lse = run_alone(backend, inputs, batch_invariant=batch_invariant)
+    logits = inputs.q[0, 0, 0].double() @ inputs.k[0, 0, :tokens].double().T / 8
+    torch.testing.assert_close(lse[0, 0, 0].double(), torch.logsumexp(logits, -1), rtol=1e-5, atol=1e-5)
+    assert_matches_reference(out, lse, inputs)
+    if value == math.inf:
+        assert out[0].isnan().all()
+    elif tokens == 1:
+        assert not out[0].any()
 
 
 @on_every_backend

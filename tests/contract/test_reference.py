@@ -57,6 +57,18 @@ def test_nothing_selected_gives_zero_and_minus_infinity(pairs: list[tuple[int, i
     assert lse.item() == -math.inf
 
 
+@pytest.mark.parametrize("logits", [(math.inf, 0), (-math.inf, 0), (-math.inf,), (math.inf, -math.inf), (math.nan, 1)])
+def test_infinite_logits_as_torch_takes_them(logits: tuple[float, ...]) -> None:
+    keys = values(*logits)
+    out, lse = selection_attention_reference(Q, keys, torch.ones_like(keys), spans((0, len(logits))))
+    expected = torch.logsumexp(keys.flatten(), 0)
+    torch.testing.assert_close(lse.flatten()[0], expected, equal_nan=True)
+    if lse.item() == -math.inf:
+        assert out.item() == 0  # no token has any weight
+    else:
+        assert out.isnan().item() == torch.softmax(keys.flatten(), 0).isnan().any().item()
+
+
 def test_no_slots_and_no_tokens() -> None:
     out, lse = selection_attention_reference(Q, values(1), values(1), torch.zeros(1, 1, 1, 0, 2, dtype=torch.int32))
     assert (out.item(), lse.item()) == (0, -math.inf)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import nsa_sel
 from nsa_sel import api
@@ -117,6 +118,53 @@ def test_gradients_and_out_exclude_each_other() -> None:
     arguments = differentiable(case("h4").inputs())
     with pytest.raises(RuntimeError, match="expected no gradients"):
         compiled(nsa_sel.selection_attention)(**arguments, out=torch.empty_like(arguments["q"]))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own, in torch.func
+def test_forward_mode_raises_instead_of_returning_zeros() -> None:
+    """The compiled graph runs below autograd, where tangents get lost."""
+    inputs = case("dims-64x64-fp64").inputs()
+    dense = {name: getattr(inputs, name).nan_to_num(0.0) for name in ("q", "k", "v")}
+    function = compiled(nsa_sel.selection_attention)
+    function(**inputs.arguments(**dense))  # compiled before, and not for forward mode
+    for name, tensor in dense.items():
+        for call in (nsa_sel.selection_attention, function, compiled(nsa_sel.selection_attention)):
+            with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward-mode"):
+                call(**inputs.arguments(**dense | {name: forward_ad.make_dual(tensor, tensor)}))
+            torch._dynamo.reset()
+
+    def derivative(q: torch.Tensor) -> torch.Tensor:
+        def attend(q: torch.Tensor) -> torch.Tensor:
+            return nsa_sel.selection_attention(**inputs.arguments(**dense | {"q": q}))  # type: ignore[return-value]
+
+        return torch.func.jvp(attend, (q,), (q,))[1]
+
+    for call in (derivative, compiled(derivative)):
+        with pytest.raises(RuntimeError, match="forward-mode"):
+            call(dense["q"])
+
+
+def test_a_second_derivative_is_not_dropped() -> None:
+    """The loss is linear in out: nothing that comes in from above would tell autograd of a second derivative."""
+    inputs = case("dims-64x64-fp64").inputs()
+    leaves = [getattr(inputs, name).nan_to_num(0.0).requires_grad_() for name in ("q", "k", "v")]
+
+    def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return nsa_sel.selection_attention(**inputs.arguments(q=q, k=k, v=v))  # type: ignore[return-value]
+
+    def operator(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        result = torch.ops.nsa_sel.selection_attention.default(
+            q, k, v, inputs.ranges, None, None, None, None, True, None, None, False, False, "auto", True
+        )
+        return result[0]
+
+    def penalty(function: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        first = torch.autograd.grad(function(*leaves).sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), leaves)
+
+    torch.testing.assert_close(penalty(operator), penalty(eager), rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match="double backward"):
+        penalty(compiled(eager))
 
 
 @pytest.mark.parametrize("gradients", [False, True])

@@ -132,6 +132,16 @@ def test_padding_at_most_doubles_what_is_gathered() -> None:
     assert selected <= difference(before).gathered_bytes <= 2 * selected
 
 
+@pytest.mark.parametrize("L", [1, 100, 5000, 150_000])
+def test_batch_invariance_gathers_little_more(L: int) -> None:
+    """Padding every chunk to one number of rows and every row to a power of two gathered 28 times as much."""
+    k = torch.randn(1, 1, 64).expand(1, 1, 150_000, 64)
+    before = sdpa.counters()
+    sdpa.run(check(torch.randn(1, 1, 1, 2, 64), k, k, torch.tensor([[[[[0, L]]]]]), batch_invariant=True))
+    slots = difference(before).gathered_bytes // ((64 + 64) * 4)
+    assert L <= slots <= max(1.1 * L, _plan.INVARIANT_SLOTS)
+
+
 @pytest.mark.parametrize("S_kv", [4096, 2**20])
 def test_gathered_bytes_do_not_depend_on_the_cache(S_kv: int) -> None:
     k = torch.randn(1, 1, 64).expand(1, 2, S_kv, 64)  # a long cache without its memory

@@ -23,7 +23,7 @@ def leaves(inputs: Inputs) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["spans", "blocks", "pages", "draft"])
-def test_gradcheck(name: str) -> None:
+def test_gradcheck_and_gradgradcheck(name: str) -> None:
     small = {
         "spans": Case("", spans(6), h=2, n=3, Dk=3, Dv=2, S_kv=9, dtype=torch.float64, seed=3),
         "blocks": Case("", blocks(1), h=2, n=3, Dk=2, Dv=3, S_kv=9, block_size=4, dtype=torch.float64),
@@ -38,7 +38,9 @@ def test_gradcheck(name: str) -> None:
     def function(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return nsa_sel.selection_attention(**arguments | {"q": q, "k": k, "v": v})  # type: ignore[return-value]
 
-    assert torch.autograd.gradcheck(function, (arguments["q"], arguments["k"], arguments["v"]))
+    leaves_ = (arguments["q"], arguments["k"], arguments["v"])
+    assert torch.autograd.gradcheck(function, leaves_)
+    assert torch.autograd.gradgradcheck(function, leaves_)
     assert set(nsa_sel.stats()) == {"sdpa"}
 
 
@@ -78,6 +80,29 @@ def test_gradients_of_out_and_lse(name: str, budget: int) -> None:
         got, expected = ours[tensor].grad, plain[tensor].grad
         assert got.isfinite().all(), "NaN from an unselected row reached a gradient"
         torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)  # lse is fp32, and so is its gradient
+
+
+@pytest.mark.parametrize("budget", [sdpa.MEMORY_BUDGET, 100_000])
+@pytest.mark.parametrize("name", ["dims-64x64-fp64", "duplicates", "pages-16", "many-rows"])
+def test_a_gradient_penalty(name: str, budget: int) -> None:
+    """The square of a gradient, differentiated again: unselected rows are NaN and stay out of it."""
+    inputs = replace(case(name), dtype=torch.float64).inputs()
+    ours, plain = leaves(inputs), leaves(inputs)
+    filled = torch.tensor([len(inputs.tokens(row)) > 0 for row in inputs.rows()])
+    out, lse = sdpa.run(check(**ours, return_lse=True), budget)
+    assert lse is not None
+    other_out, other_lse = plain_attention(inputs, plain["q"], plain["k"], plain["v"])
+    for tensors, loss in (
+        (ours, out.sum() + lse.flatten(0, 2)[filled].sum()),
+        (plain, other_out.sum() + other_lse.sum()),
+    ):
+        wanted = [tensors[name] for name in ("q", "k", "v")]
+        first = torch.autograd.grad(loss, wanted, create_graph=True)
+        sum(gradient.square().sum() for gradient in first).backward()
+    for tensor in ("q", "k", "v"):
+        got, expected = ours[tensor].grad, plain[tensor].grad
+        assert got.isfinite().all(), "NaN from an unselected row reached a gradient"
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_a_call_that_selects_nothing_has_zero_gradients() -> None:

@@ -124,8 +124,11 @@ def gather(tensor: torch.Tensor, index: Index, count: Counters, width: int = 0) 
     flat = index.first * s0 + index.group * s1 + index.token * s2
     D = tensor.shape[3]
     count.gathered_bytes += flat.numel() * D * tensor.element_size()
-    result = tensor.new_empty((flat.numel(), max(D, width)))
-    result[:, D:].zero_()
-    torch.index_select(table, 0, flat.reshape(-1), out=result[:, :D])
+    if torch.is_grad_enabled() and tensor.requires_grad:  # the backward pass is to be differentiated: no out= then
+        result = torch.index_select(table, 0, flat.reshape(-1))
+    else:
+        result = tensor.new_empty((flat.numel(), max(D, width)))
+        result[:, D:].zero_()
+        torch.index_select(table, 0, flat.reshape(-1), out=result[:, :D])
     result = result.view(*flat.shape, -1)
     return result if index.valid is None else result.masked_fill_(~index.valid.unsqueeze(-1), 0)

@@ -11,8 +11,9 @@ from nsa_sel.problem import Problem
 MEMORY_BUDGET = 256 * 2**20  # bytes that a chunk may hold beyond inputs and outputs
 _SMALL = 4 * 2**20  # bytes below which padding costs less than another chunk would
 _MAX_ROWS = 32768  # rows of a chunk: a batch beyond 65,535 does not fit CUDA's grid
-_INVARIANT_ROWS = 16  # rows of every chunk when a row's bits may not depend on its batch
-_INVARIANT_TOKENS = 16  # the fewest slots of such a chunk
+_INVARIANT_ROWS = 16  # rows of a chunk of short rows when a row's bits may not depend on its batch
+_INVARIANT_TOKENS = 16  # the fewest slots of such a chunk, and the steps in which it grows to its double
+INVARIANT_SLOTS = 16384  # slots of such a chunk: of longer rows it holds fewer
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +49,8 @@ def bytes_per_token(problem: Problem) -> int:
     item = {"float64": 8, "float32": 4}.get(problem.dtype, 2)
     wide = max(item, 4)
     rows = 2 * max(problem.Dk, problem.Dv) * (item + (wide if item < wide else 0))
-    total = rows + 64 + 3 * wide * problem.h
-    if problem.has_lse:
-        total += wide * (problem.Dk + 2 * problem.h)
-    return total
+    # lse counts whether it is asked for or not: other chunks would give out other bits
+    return rows + 64 + wide * (problem.Dk + 5 * problem.h)
 
 
 def make_plan(problem: Problem, lengths: np.ndarray, budget: int, masked: bool) -> list[Chunk]:
@@ -81,16 +80,15 @@ def make_plan(problem: Problem, lengths: np.ndarray, budget: int, masked: bool) 
 
 
 def _plan_invariant(lengths: np.ndarray, room: int) -> list[Chunk]:
-    """Cut rows into chunks of one shape per power of two of L: the same arithmetic for a row in any company."""
-    piece = max(_INVARIANT_TOKENS, 1 << (max(1, room // _INVARIANT_ROWS).bit_length() - 1))
+    """Cut rows into chunks whose shape follows from a row's own L: the same arithmetic for a row in any company."""
     chunks = []
     row, rows = 0, _rows_longer_than(lengths, 0)
     while row < rows:
-        tokens = max(_INVARIANT_TOKENS, 1 << (int(lengths[row]) - 1).bit_length())
-        same = rows if tokens == _INVARIANT_TOKENS else _rows_longer_than(lengths, tokens // 2)
-        until = min(row + _INVARIANT_ROWS, same)
-        pad_rows = _INVARIANT_ROWS - (until - row)
-        chunks.append(Chunk(slice(row, until), tokens, min(piece, tokens), True, pad_rows))
+        step = max(_INVARIANT_TOKENS, (1 << (int(lengths[row]) - 1).bit_length()) // (2 * _INVARIANT_TOKENS))
+        tokens = -(-int(lengths[row]) // step) * step
+        size = max(1, min(_INVARIANT_ROWS, INVARIANT_SLOTS // tokens))
+        until = min(row + size, _rows_longer_than(lengths, tokens - step))
+        chunks.append(Chunk(slice(row, until), tokens, min(tokens, max(1, room // size)), True, size - (until - row)))
         row = until
     return chunks
 

@@ -119,8 +119,8 @@ def _logits(
 
 @triton.jit
 def _finite(x):
-    """Return 0 for -inf: the maximum over nothing may be subtracted, (-inf) - (-inf) is NaN."""
-    return tl.where(x == float("-inf"), 0.0, x)
+    """Return 0 for an infinite maximum, so that it may be subtracted: (-inf) - (-inf) and inf - inf are NaN."""
+    return tl.where(tl.abs(x) == float("inf"), 0.0, x)
 
 
 @triton.jit

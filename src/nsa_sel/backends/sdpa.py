@@ -88,7 +88,11 @@ def backward(
 
 
 class _Attention(torch.autograd.Function):
-    """Packed SDPA with gradients of its own, which gather again instead of keeping what was gathered."""
+    """Packed SDPA with gradients of its own, which gather again instead of keeping what was gathered.
+
+    The backward pass consists of differentiable operations: with create_graph=True autograd differentiates it again,
+    and keeps what was gathered then.
+    """
 
     @staticmethod
     def forward(
@@ -102,7 +106,6 @@ class _Attention(torch.autograd.Function):
         return out, lse
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, d_out: torch.Tensor | None, d_lse: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         if d_out is None and d_lse is None:
             return None, None, None, None, None
@@ -258,11 +261,15 @@ def _attend(
         scale=call.scale,
     ).squeeze(1)[..., : problem.Dv]
     lse = None
-    if call.return_lse or split:
+    # PyTorch's fused attention on the CPU gives 0 for half inputs where a logit is infinite, and softmax gives NaN
+    doubtful = problem.device_type == "cpu" and queries.element_size() == 2
+    if call.return_lse or split or doubtful:
         logits = torch.matmul(queries.to(wide), keys.to(wide).transpose(1, 2)) * call.scale
         if mask is not None:
             logits = logits.masked_fill(~mask.unsqueeze(1), -math.inf)
         lse = torch.logsumexp(logits, -1)
+        if doubtful:
+            out = out.masked_fill(~(lse < math.inf).unsqueeze(-1), math.nan)
     if mask is not None:
         # a row without any token here (empty, or its pages are missing): kernels differ on the softmax over nothing
         out = out.masked_fill(~mask.any(1)[:, None, None], 0)
