@@ -3,6 +3,8 @@
 #   make demo        decode over a growing context; table, CSV and picture in $(OUT)
 #   make test        ruff, then every test that is not marked slow (what .ci/run calls)
 #   make test-full   every test
+#   make test-engines  the integrations against the real engines, each in an environment of its own under $(ENGINES)
+#   make example     MiniMax-M3 of transformers generating text with three attention functions; picture in $(EXAMPLE_OUT)
 #   make wheel       a wheel with kernels in dist/, its compiler from the package index
 #   make lint        ruff, mypy, clang-format: all of them, changing nothing
 #   make bench       the pytest-benchmark suites
@@ -16,6 +18,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 JOBS ?= 2
 OUT ?= demo_out
+EXAMPLE_OUT ?= example_out
+ENGINES ?= build/engines
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 # ON: a build without kernels fails. Off Linux there is no compiler to be had from the index, so it defaults to OFF there.
@@ -35,7 +39,7 @@ INSTALL_FLAGS := $(if $(filter true,$(NSA_SEL_SYSTEM_CUDA)),--no-build-isolation
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 DEMO_INSTALL := $(if $(HAS_GPU)$(wildcard $(VENV)/.stamp-dev),$(VENV)/.stamp-dev,$(VENV)/.stamp-demo)
 
-.PHONY: demo test test-full wheel lint bench gpu clean distclean
+.PHONY: demo test test-full test-engines example wheel lint bench gpu clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_INSTALL)
@@ -49,6 +53,15 @@ test: $(VENV)/.stamp-dev
 test-full: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+# About 5 GB and ten minutes the first time. Warnings are the engines' own affair here, so they are no errors.
+ENGINE_TESTS := tests/integrations/engines
+test-engines: $(ENGINES)/transformers/.stamp
+	OMP_NUM_THREADS=1 $(ENGINES)/transformers/bin/python -m pytest -o filterwarnings= $(PYTEST_ARGS) \
+	  $(ENGINE_TESTS)/test_transformers.py
+
+example: $(ENGINES)/transformers/.stamp
+	$(ENGINES)/transformers/bin/python examples/minimax_m3.py --out $(EXAMPLE_OUT) $(EXAMPLE_ARGS)
 
 wheel: $(VENV)/.stamp-torch
 	NSA_SEL_REQUIRE_KERNELS=$(NSA_SEL_REQUIRE_KERNELS) $(PIP) wheel . --no-deps --wheel-dir dist
@@ -73,7 +86,7 @@ gpu: $(if $(DRY),$(VENV)/.stamp-dev)
 	  $(if $(PACK),--pack $(PACK))
 
 clean:
-	rm -rf build dist demo_out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist demo_out example_out .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	rm -f $(VENV)/.stamp-dev $(VENV)/.stamp-demo
 
 distclean: clean
@@ -97,3 +110,12 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-torch $(BUILD_INPUTS)
 	NSA_SEL_SYSTEM_CUDA=$(NSA_SEL_SYSTEM_CUDA) NSA_SEL_REQUIRE_KERNELS=$(NSA_SEL_REQUIRE_KERNELS) \
 	  $(PIP) install $(INSTALL_FLAGS) --editable '.[dev]'
 	@mv $@.begun $@
+
+# The engine is pinned: another version is another trial. No kernels: these machines have no GPU, and the tests name sdpa.
+$(ENGINES)/%/.stamp: $(ENGINE_TESTS)/%.txt pyproject.toml CMakeLists.txt
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install '$(TORCH)'
+	$(@D)/bin/python -m pip --disable-pip-version-check install $(if $(filter vllm,$*),--no-deps) -r $<
+	NSA_SEL_WITHOUT_KERNELS=ON NSA_SEL_REQUIRE_KERNELS=OFF \
+	  $(@D)/bin/python -m pip --disable-pip-version-check install pytest --editable .
+	@touch $@

@@ -119,7 +119,7 @@ def test_the_list_of_files_is_complete_and_has_no_ghosts() -> None:
             folder = path.rstrip("/").rpartition("/")[0] + "/" if "/" in path.rstrip("/") else ""
             assert (ROOT / path).exists(), path
             listed.add(path.rstrip("/"))
-    outputs = {".git", ".venv", "build", "dist", "demo_out", "bench_out", ".benchmarks", ".hypothesis"}
+    outputs = {".git", ".venv", "build", "dist", "demo_out", "example_out", "bench_out", ".benchmarks", ".hypothesis"}
     unlisted = {"README.md", ".gitignore", ".clang-format", ".pre-commit-config.yaml"}
     top = {path.name for path in ROOT.iterdir() if not path.name.endswith("_cache")} - outputs - unlisted
     covered = {path.split("/")[0] for path in listed}

@@ -1,0 +1,1 @@
+"""Selection attention inside the engines that people run; one module each, imported only where it is used."""
