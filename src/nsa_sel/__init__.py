@@ -8,6 +8,7 @@
 torch.Size([1, 1, 4, 16, 128])
 """
 
+from nsa_sel import distributed
 from nsa_sel._build import __version__, build_info
 from nsa_sel.api import explain, refresh_routing, selection_attention
 from nsa_sel.errors import (
@@ -20,6 +21,7 @@ from nsa_sel.errors import (
     PolicyError,
     SwitchError,
 )
+from nsa_sel.merge import merge_states
 from nsa_sel.ranges import blocks_to_ranges, merge_ranges
 from nsa_sel.routing import Decision
 from nsa_sel.stats import reset_stats, stats
@@ -37,8 +39,10 @@ __all__ = [
     "__version__",
     "blocks_to_ranges",
     "build_info",
+    "distributed",
     "explain",
     "merge_ranges",
+    "merge_states",
     "refresh_routing",
     "reset_stats",
     "selection_attention",

@@ -1,0 +1,112 @@
+"""Processes of a gloo group: how they start, the part of the cache that each one holds, and what they report."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from nsa_sel.distributed import Shard
+from nsa_sel.testing import Inputs
+
+PATIENCE = 120.0  # seconds after which ranks that still run are killed and the test fails
+
+Work = Callable[[int, int], Any]  # (rank, world) -> what to report, for torch.save
+
+
+def run_ranks(work: Work, world: int, folder: Path) -> list[Any]:
+    """Run `work` on `world` ranks of a gloo group and return their reports in order; None: it was killed.
+
+    Raises:
+        AssertionError: a rank failed, with its traceback; or ranks still ran after PATIENCE.
+    """
+    context = mp.get_context("spawn")
+    processes = [context.Process(target=_rank, args=(work, rank, world, folder)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + PATIENCE
+    try:
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+        late = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    assert not late, f"ranks {late} still ran after {PATIENCE} s"
+    reports = [_read(folder / f"{rank}.pt") for rank in range(world)]
+    failures = [report for report in reports if isinstance(report, _Failure)]
+    assert not failures, "\n".join(failure.text for failure in failures)
+    return reports
+
+
+@dataclass(frozen=True)
+class _Failure:
+    text: str
+
+
+def _read(path: Path) -> Any:
+    return torch.load(path, weights_only=False) if path.exists() else None
+
+
+def _rank(work: Work, rank: int, world: int, folder: Path) -> None:
+    if "lo" in (name for _, name in socket.if_nameindex()):
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # else gloo looks up the host's name, which not every machine can
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(folder / "store"), world)
+    # as long as that: on a busy machine the processes come up seconds apart
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=PATIENCE))
+    report: Any
+    try:
+        report = work(rank, world)
+    except BaseException:
+        report = _Failure(f"rank {rank}: {traceback.format_exc()}")
+    torch.save(report, folder / f"{rank}.new")
+    (folder / f"{rank}.new").rename(folder / f"{rank}.pt")
+    os._exit(0)  # destroying a group whose other ranks are gone may wait for them
+
+
+def part_of(inputs: Inputs, shard: Shard, page_size: int | None) -> dict[str, Any]:
+    """Return the arguments of a rank's call: of k and v, contiguous in `inputs`, its own tokens alone."""
+    assert inputs.block_table is None
+    S_kv = inputs.k.shape[2]
+    tokens = torch.arange(shard.world * shard.tokens)
+    own = tokens[tokens // shard.run % shard.world == shard.rank]
+    assert len(own) == shard.tokens
+    parts = []
+    for cache in (inputs.k, inputs.v):
+        part = cache.new_full((*cache.shape[:2], shard.tokens, cache.shape[3]), torch.nan)
+        held = own < S_kv
+        part[:, :, held] = cache[:, :, own[held]]
+        parts.append(part)
+    lengths = inputs.seq_lens
+    if S_kv != shard.world * shard.tokens:  # the ranks have more room than the cache
+        lengths = torch.full((inputs.q.shape[0],), S_kv, dtype=torch.int32) if lengths is None else lengths
+        lengths = lengths.clamp(0, S_kv)
+    table = None
+    if page_size is not None:
+        B, pages = inputs.q.shape[0], shard.tokens // page_size
+        order = torch.randperm(B * pages + 1, generator=torch.Generator().manual_seed(shard.rank))[: B * pages]
+        table = order.view(B, pages).to(torch.int32)
+        for i, part in enumerate(parts):
+            pool = part.new_full((B * pages + 1, part.shape[1], page_size, part.shape[3]), torch.nan)
+            pool[table.long()] = part.view(B, part.shape[1], pages, page_size, -1).transpose(1, 2)
+            parts[i] = pool
+    return inputs.arguments() | dict(k=parts[0], v=parts[1], seq_lens=lengths, block_table=table)
+
+
+def room(S_kv: int, rank: int, world: int, interleave: int | None, page_size: int | None = None) -> Shard:
+    """Give each rank room for its part of a cache, in whole runs and whole pages."""
+    step = (interleave or 1) * (page_size or 1)
+    tokens = -(-S_kv // (world * step)) * step
+    return Shard(rank, world, interleave or max(tokens, 1), tokens)
