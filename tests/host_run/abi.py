@@ -70,6 +70,11 @@ class Device:
     smem_per_sm: int = 167_936
 
 
+def limits_of(device: Device) -> ctypes.Structure:
+    """Mirror of `DeviceLimits` in cpp/plan.h."""
+    return _Limits(device.sm_count, device.capability, device.smem_per_block, device.smem_per_sm)
+
+
 def library_file(kind: str, root: Path = ROOT) -> Path:
     """Build (first call) the kernel's sources: the very files in cuda/ and cpp/, or a changed copy of them."""
     kernels = [*sorted((root / "cuda").glob("instances/*.cu")), root / "cuda" / "run.cu"]
@@ -103,8 +108,7 @@ def instances(kind: str = "hook", root: Path = ROOT) -> set[tuple[str, int, int,
 
 def plan_call(lib: Any, request: Request, device: Device) -> dict[str, int]:
     """Make `request` the one that the next launch runs."""
-    limits = _Limits(device.sm_count, device.capability, device.smem_per_block, device.smem_per_sm)
-    plan = _Plan()
+    limits, plan = limits_of(device), _Plan()
     message = ctypes.create_string_buffer(512)
     if lib.nsa_prepare(ctypes.byref(request), ctypes.byref(limits), ctypes.byref(plan), message, len(message)) != 0:
         raise ValueError(message.value.decode())

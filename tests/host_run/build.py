@@ -104,7 +104,8 @@ def _headers(folders: Iterable[Path]) -> list[Path]:
     return sorted(found)
 
 
-def _digest(parts: Iterable[str], files: Iterable[Path]) -> str:
+def digest(parts: Iterable[str], files: Iterable[Path]) -> str:
+    """Name what is built from these words and files."""
     h = hashlib.sha256()
     for part in parts:
         h.update(part.encode() + b"\0")
@@ -127,7 +128,7 @@ def _run(command: Sequence[str]) -> None:
         raise RuntimeError(f"{' '.join(command)}\nfailed with {result.returncode}:\n{result.stderr[:8000]}")
 
 
-def _into(target: Path, command: Sequence[str]) -> None:
+def into(target: Path, command: Sequence[str]) -> None:
     """Runs a compiler whose output appears under its name only when it is complete."""
     partial = target.with_name(f".{target.name}.{os.getpid()}")
     try:
@@ -170,14 +171,14 @@ def library(kind: str, sources: Sequence[Path | str], include_dirs: Sequence[Pat
         # The emulator sees nothing of the kernel: its objects serve every copy of the sources.
         include = [*(f"-I{d}" for d in ((EMULATOR,) if own else (*folders, EMULATOR))), *system]
         inputs = [source, *(_headers([EMULATOR]) if own else headers)]
-        key = _digest([_toolchain(), *flags, *include], inputs)
+        key = digest([_toolchain(), *flags, *include], inputs)
         command = [compiler(), *flags, *include, "-x", "c++", "-c", str(source)]
         jobs.append((source, cache / f"{source.stem}-{key}.o", command))
 
     link = ["-shared", "-Wl,-Bsymbolic", "-Wl,-z,defs", *(_SANITIZE if kind == "asan" else ())]
     if kind == "asan":
         link.remove("-Wl,-z,defs")  # the sanitizer's symbols come from the preloaded runtime
-    name = _digest([_toolchain(), *link, *(str(o.name) for _, o, _ in jobs)], [])
+    name = digest([_toolchain(), *link, *(str(o.name) for _, o, _ in jobs)], [])
     target = cache / f"lib{kind}-{name}.so"
     if target.exists():
         target.touch()
@@ -187,12 +188,12 @@ def library(kind: str, sources: Sequence[Path | str], include_dirs: Sequence[Pat
             return target
         missing = [(o, command) for _, o, command in jobs if not o.exists()]
         with ThreadPoolExecutor(_MAX_JOBS) as pool:
-            for done in [pool.submit(_into, o, command) for o, command in missing]:
+            for done in [pool.submit(into, o, command) for o, command in missing]:
                 done.result()
         for _, o, _ in jobs:
             o.touch()
         _prune(cache)
-        _into(target, [compiler(), *link, *(str(o) for _, o, _ in jobs), "-ldl", "-lpthread"])
+        into(target, [compiler(), *link, *(str(o) for _, o, _ in jobs), "-ldl", "-lpthread"])
     return target
 
 

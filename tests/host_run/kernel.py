@@ -63,8 +63,8 @@ def _extent(t: torch.Tensor) -> tuple[int, int]:
     return t.data_ptr(), t.data_ptr() + (last + 1) * t.element_size()
 
 
-def register(emulator: Emulator, tensors: dict[str, tuple[torch.Tensor, bool]]) -> None:
-    """Register tensors; views of one allocation that interleave (packed K and V) become one buffer with both names."""
+def buffers_of(tensors: dict[str, tuple[torch.Tensor, bool]]) -> list[tuple[str, int, int, bool]]:
+    """Return (name, start, end, writable); views of one allocation that interleave (packed K and V) are one buffer."""
     spans: list[tuple[str, int, int, bool]] = []
     for name, (tensor, writable) in tensors.items():
         start, end = _extent(tensor)
@@ -76,16 +76,18 @@ def register(emulator: Emulator, tensors: dict[str, tuple[torch.Tensor, bool]]) 
                 break
         else:
             spans.append((name, start, end, writable))
-    for name, start, end, writable in spans:
+    return spans
+
+
+def register(emulator: Emulator, tensors: dict[str, tuple[torch.Tensor, bool]]) -> None:
+    """Register tensors as the emulator's buffers."""
+    for name, start, end, writable in buffers_of(tensors):
         emulator.register(name, start, end - start, writable=writable, tracked=writable)
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, options: Options) -> None:
+def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
     if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
         raise NotImplementedError(f"q, k, v: the kernel takes fp16 or bf16, got {q.dtype}, {k.dtype}, {v.dtype}")
-    dims = (q.shape[4], v.shape[3], q.shape[3])
-    if not any(i[1:3] == dims[:2] and 1 <= dims[2] <= i[3] for i in instances(options.kind, options.root)):
-        raise NotImplementedError(f"no compiled instance for Dk={dims[0]}, Dv={dims[1]}, h={dims[2]}")
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.numel() and (
             t.stride(-1) != 1
@@ -126,7 +128,21 @@ class Prepared:
         return lib.nsa_launch(self.workspace.data_ptr() if self.workspace.numel() else None)
 
 
-def prepare(
+@dataclass
+class Described:
+    """A call as the planner takes it, with everything that its pointers point to.
+
+    Args:
+        tensors: by name, and whether the kernel writes them; without the workspace.
+    """
+
+    request: Request
+    out: torch.Tensor
+    lse: torch.Tensor | None
+    tensors: dict[str, tuple[torch.Tensor, bool]]
+
+
+def describe(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -146,24 +162,22 @@ def prepare(
     out: torch.Tensor | None = None,
     backend: str = "cuda",
     num_splits: int | None = None,
-    options: Options | None = None,
-) -> Prepared:
-    """Plan a call of the decode kernel on the CPU; arguments as in `nsa_sel.selection_attention`.
+    loads: str = "cp.async",
+) -> Described:
+    """Return the request of a call on CPU tensors; arguments as in `nsa_sel.selection_attention`.
 
     Args:
-        num_splits: blocks per row; None lets the planner choose for `options.device`.
+        num_splits: blocks per row; None lets the planner choose.
+        loads: "cp.async", or "bulk": the experimental instances of sm_90.
 
     Raises:
-        NotImplementedError: what the kernel does not take (other dtypes, dims, heads, unaligned strides).
-        ValueError: what the planner refuses.
+        NotImplementedError: what the kernel does not take (other dtypes, unaligned strides).
     """
-    options = options or Options()
     if backend not in ("auto", "cuda"):
         raise ValueError(f"backend: expected 'auto' or 'cuda' (the host run is the CUDA kernel), got {backend!r}")
     if (ranges is None) == (block_indices is None):
         raise ValueError("ranges, block_indices: expected exactly one of the two")
-    _check(q, k, v, options)
-    _, lib = library(options.kind, options.root)
+    _check(q, k, v)
     B, S, G, h, Dk = q.shape
     Dv = v.shape[3]
     selection = ranges if ranges is not None else block_indices
@@ -186,7 +200,7 @@ def prepare(
         block_size=int(block_size or 0) if block_indices is not None else 0,
         index_is_64=selection.dtype == torch.int64, causal=causal,
         max_selected=-1 if max_selected is None else max_selected,
-        batch_invariant=batch_invariant, num_splits=num_splits or 0, loads=LOADS.index(options.loads),
+        batch_invariant=batch_invariant, num_splits=num_splits or 0, loads=LOADS.index(loads),
         q_strides=q.stride()[:4], k_strides=k.stride()[:3], v_strides=v.stride()[:3],
         out_strides=result.stride()[:4], sel_strides=selection.stride()[:4],
         counts_strides=counts.stride() if counts is not None else (0, 0, 0),
@@ -195,8 +209,6 @@ def prepare(
         table_rows_stride=table_rows.stride(0) if table_rows is not None else 0,
         scale=Dk**-0.5 if softmax_scale is None else softmax_scale,
     )  # fmt: skip
-    plan = plan_call(lib, request, options.device)
-    workspace = torch.full((max(plan["workspace_floats"], 0),), math.nan, dtype=torch.float32)
     buffers = {
         "q": (q, False),
         "k": (k, False),
@@ -208,7 +220,25 @@ def prepare(
     buffers.update({name: (t, False) for name, t in optional.items() if t is not None})
     if lse is not None:
         buffers["lse"] = (lse, True)
-    return Prepared(result, lse, workspace, plan, buffers, options, request)
+    return Described(request, result, lse, buffers)
+
+
+def prepare(*arguments: Any, options: Options | None = None, **keywords: Any) -> Prepared:
+    """Plan a call of the decode kernel on the CPU; arguments as `describe`.
+
+    Raises:
+        NotImplementedError: what the kernel does not take (other dtypes, dims, heads, unaligned strides).
+        ValueError: what the planner refuses.
+    """
+    options = options or Options()
+    call = describe(*arguments, loads=options.loads, **keywords)
+    r = call.request
+    if not any(i[1:3] == (r.Dk, r.Dv) and 1 <= r.h <= i[3] for i in instances(options.kind, options.root)):
+        raise NotImplementedError(f"no compiled instance for Dk={r.Dk}, Dv={r.Dv}, h={r.h}")
+    _, lib = library(options.kind, options.root)
+    plan = plan_call(lib, r, options.device)
+    workspace = torch.full((max(plan["workspace_floats"], 0),), math.nan, dtype=torch.float32)
+    return Prepared(call.out, call.lse, workspace, plan, call.tensors, options, r)
 
 
 def selection_attention(*arguments: Any, schedule: int = 0, options: Options | None = None, **keywords: Any) -> HostRun:
