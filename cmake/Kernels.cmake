@@ -1,7 +1,8 @@
-# The kernels, a static library of their own: its objects do not depend on the Python that the module is linked for.
-file(GLOB kernel_sources CONFIGURE_DEPENDS cuda/instances/*.cu cuda/*.cu)
+# The kernels: each file in cuda/instances/ compiled for each architecture, in parallel, then packed into one C++ file,
+# nsa_sel_images. Nothing here depends on the Python that the module is linked for.
+file(GLOB kernel_sources CONFIGURE_DEPENDS cuda/instances/*.cu)
 if(NOT kernel_sources)
-  message(FATAL_ERROR "cuda: expected the kernels' .cu files, got none")
+  message(FATAL_ERROR "cuda/instances: expected the kernels' .cu files, got none")
 endif()
 
 if(NSA_SEL_ARCHITECTURES STREQUAL "native")
@@ -16,43 +17,58 @@ if(NSA_SEL_ARCHITECTURES STREQUAL "native")
   endif()
   string(REPLACE "." "" capabilities "${capabilities}")
   string(REPLACE "\n" ";" NSA_SEL_ARCHITECTURES "${capabilities}")
-  list(REMOVE_DUPLICATES NSA_SEL_ARCHITECTURES)
-  list(SORT NSA_SEL_ARCHITECTURES COMPARE NATURAL)
 endif()
-
-list(SORT NSA_SEL_ARCHITECTURES COMPARE NATURAL)
-
-# Machine code for each, and PTX of the last, which the driver compiles on GPUs that are newer than this package.
-set(cuda_architectures "")
+if(NSA_SEL_ARCHITECTURES STREQUAL "")
+  message(FATAL_ERROR "NSA_SEL_ARCHITECTURES: expected 'native' or numbers from 80 as in 80;90, got nothing")
+endif()
 foreach(architecture IN LISTS NSA_SEL_ARCHITECTURES)
-  if(NOT architecture MATCHES "^[0-9]+$" OR architecture VERSION_LESS 80)
+  if(NOT architecture MATCHES "^[0-9]+$" OR architecture LESS 80)
     message(FATAL_ERROR "NSA_SEL_ARCHITECTURES: expected 'native' or numbers from 80 as in 80;90, got '${architecture}'")
   endif()
-  list(APPEND cuda_architectures "${architecture}-real")
 endforeach()
+list(REMOVE_DUPLICATES NSA_SEL_ARCHITECTURES)
+list(SORT NSA_SEL_ARCHITECTURES COMPARE NATURAL)
 list(GET NSA_SEL_ARCHITECTURES -1 newest)
-list(APPEND cuda_architectures "${newest}-virtual")
 
-add_library(nsa_sel_kernels STATIC ${kernel_sources})
-target_include_directories(nsa_sel_kernels PRIVATE cpp cuda)
-set_target_properties(
-  nsa_sel_kernels
-  PROPERTIES CUDA_ARCHITECTURES "${cuda_architectures}"
-             CUDA_RUNTIME_LIBRARY Static  # imports where there is no driver; device_count() is then 0
-)
-set(nvcc_options
-    --compress-mode=size
-    -lineinfo # profilers and compute-sanitizer name source lines; the code stays the same
-    --threads=2
-    -Xptxas=--warn-on-spills,--warning-as-error # a spill fails the build
-)
-target_compile_options(nsa_sel_kernels PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:${nvcc_options}>")
+# Paths relative to the build folder, where ninja runs: the packed table names them, and a folder may be called anything.
+file(MAKE_DIRECTORY "${CMAKE_CURRENT_BINARY_DIR}/kernels")
+set(includes "")
+foreach(folder IN ITEMS "${CMAKE_CURRENT_SOURCE_DIR}/cpp" "${CMAKE_CURRENT_SOURCE_DIR}/cuda" LISTS nsa_sel_cuda_include)
+  list(APPEND includes "-I${folder}")
+endforeach()
+set(cubins "")
+set(ptx "")
+foreach(source IN LISTS kernel_sources)
+  cmake_path(GET source STEM name)
+  foreach(architecture IN LISTS NSA_SEL_ARCHITECTURES)
+    set(output "kernels/${name}.${architecture}")
+    set(outputs "${output}.cubin")
+    set(options "$<$<BOOL:${NSA_SEL_LINE_INFO}>:--line-info>")
+    if(architecture STREQUAL newest) # PTX, which the driver compiles on GPUs that are newer than this package
+      list(APPEND outputs "${output}.ptx")
+      list(APPEND options --ptx "${output}.ptx")
+      list(APPEND ptx "${output}.ptx")
+    endif()
+    add_custom_command(
+      OUTPUT ${outputs}
+      COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_SOURCE_DIR}/cmake/nvrtc.py" compile --library "${nsa_sel_nvrtc}" --arch
+              "${architecture}" --output "${output}.cubin" --depfile "${output}.d" ${options} ${includes} "${source}"
+      DEPENDS "${source}" "${CMAKE_CURRENT_SOURCE_DIR}/cmake/nvrtc.py"
+      DEPFILE "${output}.d"
+      COMMENT "Compiling ${name}.cu for sm_${architecture}"
+      COMMAND_EXPAND_LISTS VERBATIM
+    )
+    list(APPEND cubins "${output}.cubin")
+  endforeach()
+endforeach()
 
-# The module is linked by the C++ linker, which does not know where this nvcc keeps its libraries.
-cmake_path(GET CMAKE_CUDA_COMPILER PARENT_PATH cuda_bin)
-find_library(
-  nsa_sel_cudart_static cudart_static NO_CACHE REQUIRED
-  HINTS ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES} "${nsa_sel_wheel_root}/lib" "${cuda_bin}/../lib64" "${cuda_bin}/../lib"
+add_custom_command(
+  OUTPUT kernels/images.cpp
+  COMMAND "${Python_EXECUTABLE}" "${CMAKE_CURRENT_SOURCE_DIR}/cmake/pack.py" --output kernels/images.cpp ${cubins} --ptx ${ptx}
+  DEPENDS ${cubins} ${ptx} "${CMAKE_CURRENT_SOURCE_DIR}/cmake/pack.py"
+  COMMENT "Packing the kernels"
+  VERBATIM
 )
-find_package(Threads REQUIRED)
-target_link_libraries(nsa_sel_kernels INTERFACE "${nsa_sel_cudart_static}" Threads::Threads ${CMAKE_DL_LIBS} rt)
+add_library(nsa_sel_images OBJECT kernels/images.cpp)
+target_include_directories(nsa_sel_images PRIVATE cpp)
+target_compile_options(nsa_sel_images PRIVATE -fno-lto) # the section is written in assembly, which LTO does not see

@@ -15,6 +15,9 @@ namespace nsa_sel {
 #define NSA_SEL_FOR_EACH_BULK_DIMS(X) \
   X(kFloat16, 128, 128) X(kFloat16, 192, 128) X(kBfloat16, 128, 128) X(kBfloat16, 192, 128)
 
+#if !defined( \
+    __CUDACC_RTC__)  // the kernels are made from the lists above; the table would be data in every one's module
+
 struct InstanceKey {
   Dtype dtype;
   int Dk, Dv, head_tile;
@@ -43,5 +46,7 @@ constexpr int find_instance(Dtype dtype, int Dk, int Dv, int h, Loads loads = Lo
   }
   return -1;
 }
+
+#endif  // __CUDACC_RTC__
 
 }  // namespace nsa_sel

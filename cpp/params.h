@@ -66,6 +66,8 @@ struct DecodeParams {
   SmemLayout smem;
 };
 
+constexpr int kCombineThreads = 128;  // a thread owns four neighbouring columns of one head
+
 // The second kernel of a split launch: merges the partials of each split row in split order.
 struct CombineParams {
   const float* partial_o;   // [split_rows, num_splits, h, Dv]

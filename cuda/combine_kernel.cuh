@@ -5,11 +5,9 @@
 
 namespace nsa_sel {
 
-constexpr int kCombineThreads = 128;
-
 // A thread owns four neighbouring columns of one head; blockIdx.x = split row * chunks + chunk.
 template <class T>
-__global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_constant__ CombineParams p) {
+__device__ __forceinline__ void combine_kernel(const CombineParams& p) {
   const int quads = p.h * p.Dv / 4;
   const int chunks = (quads + kCombineThreads - 1) / kCombineThreads;
   const int split_row = int(blockIdx.x) / chunks;

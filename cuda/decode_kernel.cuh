@@ -61,8 +61,7 @@ __device__ __forceinline__ void cluster_combine(const DecodeParams& p, const Sha
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(Traits::kThreads, Traits::kBlocksPerSm)
-    decode_kernel(const __grid_constant__ DecodeParams p) {
+__device__ __forceinline__ void decode_kernel(const DecodeParams& p) {
   NSA_SEL_DYNAMIC_SMEM(raw_smem);
   const SharedViews<Traits> smem(raw_smem, p);
   init_barriers(p, smem);

@@ -13,6 +13,10 @@
 #include <cuda/std/cstdint>
 #include <cuda/std/type_traits>
 
+#if !defined(INFINITY)  // a macro of math.h, which NVRTC does not have
+#define INFINITY __int_as_float(0x7f800000)
+#endif
+
 #define NSA_SEL_DYNAMIC_SMEM(name) extern __shared__ __align__(1024) unsigned char name[]
 
 namespace nsa_sel::dev {

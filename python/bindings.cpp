@@ -8,10 +8,11 @@
 
 #include "dispatch.h"
 #include "instances.h"
+#include "launch.h"
 
 #if NSA_SEL_HAS_KERNELS
-#include "device.h"
-#include "launch.h"
+#include "driver/driver.h"
+#include "driver/images.h"
 #endif
 
 namespace py = pybind11;
@@ -28,8 +29,7 @@ py::list instance_list() {
   for (const nsa_sel::InstanceKey& key : nsa_sel::kInstances) {
     py::dict entry;
     const bool bulk = key.loads == nsa_sel::Loads::kBulk;
-    entry["name"] = dtype_name(key.dtype) + "_" + std::to_string(key.Dk) + "x" + std::to_string(key.Dv) + "_h" +
-                    std::to_string(key.head_tile) + (bulk ? "_bulk" : "");
+    entry["name"] = nsa_sel::instance_name(key);
     entry["loads"] = bulk ? "bulk" : "cp.async";
     entry["dtype"] = dtype_name(key.dtype);
     entry["Dk"] = key.Dk;
@@ -46,12 +46,16 @@ py::dict build_info() {
   info["kernels"] = true;
   info["reason"] = py::none();
   info["cuda_version"] = NSA_SEL_CUDA_VERSION;
+  info["compiler"] = "NVRTC " NSA_SEL_CUDA_VERSION;
+  info["oldest_driver"] = NSA_SEL_OLDEST_CUDA >= 13000 ? "580 (CUDA 13.0)" : "525 (CUDA 12.0)";
   info["architectures"] = py::str(NSA_SEL_ARCHITECTURES).attr("split")(";");
   info["instances"] = instance_list();
 #else
   info["kernels"] = false;
   info["reason"] = NSA_SEL_NO_KERNELS_REASON;
   info["cuda_version"] = py::none();
+  info["compiler"] = py::none();
+  info["oldest_driver"] = py::none();
   info["architectures"] = py::list();
   info["instances"] = py::list();
 #endif
@@ -171,20 +175,32 @@ PYBIND11_MODULE(_core, m) {
 #if NSA_SEL_HAS_KERNELS
       .def(
           "run",
-          [](DecodeLaunch& launch, std::uintptr_t workspace, std::uintptr_t stream) {
+          [](DecodeLaunch& launch, std::uintptr_t workspace, int device, std::uintptr_t stream) {
             launch.set_workspace(pointer<float>(workspace));
             py::gil_scoped_release release;
-            return nsa_sel::run_decode(launch, pointer<void>(stream));
+            return nsa_sel::run_decode(launch, device, pointer<void>(stream));
           },
-          "Launches on `stream` (a cudaStream_t as int) with workspace_floats floats of workspace. Returns a "
-          "cudaError_t.",
-          py::arg("workspace"), py::arg("stream"))
+          "Launches on `stream` (a CUstream as int) of a device with workspace_floats floats of workspace. Returns 0 "
+          "or a code of the driver; raises RuntimeError where the kernel cannot be loaded.",
+          py::arg("workspace"), py::arg("device"), py::arg("stream"))
 #endif
       ;
 
 #if NSA_SEL_HAS_KERNELS
-  m.def("device_limits", &nsa_sel::device_limits, "Limits of a GPU by its index.", py::arg("index"));
-  m.def("error_string", &nsa_sel::error_string, "Name and text of a cudaError_t.", py::arg("code"));
+  for (int kernel = 0; kernel < nsa_sel::kNumKernels; ++kernel) {  // a forgotten one must not wait for its first call
+    if (nsa_sel::find_container(nsa_sel::kernel_name(kernel)) == nullptr) {
+      throw py::import_error("expected the kernel " + nsa_sel::kernel_name(kernel) + " in this build, got none");
+    }
+  }
+  using Unlocked = py::call_guard<py::gil_scoped_release>;  // loading may take seconds
+  m.def("driver_bar", &nsa_sel::driver_bar, Unlocked(), "Why no kernel can run on any GPU here, or None.");
+  m.def("driver_version", &nsa_sel::driver_version, Unlocked(), "Newest CUDA that the driver knows, as 12040.");
+  m.def("kernel_bar", &nsa_sel::kernel_bar, Unlocked(),
+        "Loads an instance for a device. Why it cannot run there, remembered, or None; raises what is no such reason.",
+        py::arg("device"), py::arg("instance"));
+  m.def("forget_kernel_bars", &nsa_sel::forget_kernel_bars, "Lets kernel_bar try again.");
+  m.def("device_limits", &nsa_sel::device_limits, Unlocked(), "Limits of a GPU by its index.", py::arg("device"));
+  m.def("error_string", &nsa_sel::error_string, "Name and text of a code of run().", py::arg("code"));
   m.def("is_refusal", &nsa_sel::is_refusal, "Whether the device will never take this launch and can go on with others.",
         py::arg("code"));
 #endif

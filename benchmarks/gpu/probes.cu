@@ -3,8 +3,8 @@
 // it says more.
 #include <cstdint>
 
+#include "launch.cuh"
 #include "primitives.cuh"
-#include "runtime.cuh"
 
 namespace nsa_sel::probes {
 

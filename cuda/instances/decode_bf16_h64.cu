@@ -1,9 +1,5 @@
-#include "../launch.cuh"
+#include "../kernel_entry.cuh"
 
 namespace nsa_sel {
-NSA_SEL_INSTANTIATE_DECODE(kBfloat16, 64, 64, 64, kCpAsync)
-NSA_SEL_INSTANTIATE_DECODE(kBfloat16, 64, 128, 64, kCpAsync)
-NSA_SEL_INSTANTIATE_DECODE(kBfloat16, 128, 64, 64, kCpAsync)
-NSA_SEL_INSTANTIATE_DECODE(kBfloat16, 128, 128, 64, kCpAsync)
-NSA_SEL_INSTANTIATE_DECODE(kBfloat16, 192, 128, 64, kCpAsync)
+NSA_SEL_FOR_EACH_DIMS(NSA_SEL_DECODE_H64, kBfloat16)
 }  // namespace nsa_sel

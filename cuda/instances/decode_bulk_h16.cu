@@ -1,8 +1,5 @@
-#include "../launch.cuh"
+#include "../kernel_entry.cuh"
 
 namespace nsa_sel {
-NSA_SEL_INSTANTIATE_DECODE(kFloat16, 128, 128, 16, kBulk)
-NSA_SEL_INSTANTIATE_DECODE(kFloat16, 192, 128, 16, kBulk)
-NSA_SEL_INSTANTIATE_DECODE(kBfloat16, 128, 128, 16, kBulk)
-NSA_SEL_INSTANTIATE_DECODE(kBfloat16, 192, 128, 16, kBulk)
+NSA_SEL_FOR_EACH_BULK_DIMS(NSA_SEL_DECODE_BULK_H16)
 }  // namespace nsa_sel

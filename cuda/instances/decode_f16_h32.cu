@@ -1,9 +1,5 @@
-#include "../launch.cuh"
+#include "../kernel_entry.cuh"
 
 namespace nsa_sel {
-NSA_SEL_INSTANTIATE_DECODE(kFloat16, 64, 64, 32, kCpAsync)
-NSA_SEL_INSTANTIATE_DECODE(kFloat16, 64, 128, 32, kCpAsync)
-NSA_SEL_INSTANTIATE_DECODE(kFloat16, 128, 64, 32, kCpAsync)
-NSA_SEL_INSTANTIATE_DECODE(kFloat16, 128, 128, 32, kCpAsync)
-NSA_SEL_INSTANTIATE_DECODE(kFloat16, 192, 128, 32, kCpAsync)
+NSA_SEL_FOR_EACH_DIMS(NSA_SEL_DECODE_H32, kFloat16)
 }  // namespace nsa_sel

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from nsa_sel.errors import BackendError
 from nsa_sel.routing import BuildInfo, DeviceInfo, Instance
 
 core: ModuleType | None
@@ -31,11 +33,13 @@ except importlib.metadata.PackageNotFoundError:  # imported from a source tree t
 @functools.cache
 def _info() -> dict[str, Any]:
     info = dict(core.build_info()) if core is not None else {"kernels": False, "reason": _reason}
-    return {"cuda_version": None, "architectures": [], "instances": [], **info, "version": __version__}
+    without = {"cuda_version": None, "compiler": None, "oldest_driver": None, "architectures": [], "instances": []}
+    return {**without, **info, "version": __version__}
 
 
 def build_info() -> dict[str, Any]:
-    """Return what this build holds: version, whether it has kernels (and if not, why), architectures, instances.
+    """Return what this build holds: version, whether it has kernels (and if not, why), compiler, oldest driver,
+    architectures, instances.
 
     >>> import nsa_sel
     >>> info = nsa_sel.build_info()
@@ -46,6 +50,17 @@ def build_info() -> dict[str, Any]:
     info["instances"] = [dict(instance) for instance in info["instances"]]
     info["architectures"] = list(info["architectures"])
     return info
+
+
+def machine_code() -> Path:
+    """Return the file whose section .nv_fatbin holds the kernels' machine code; `cuobjdump --list-elf` lists it.
+
+    Raises:
+        BackendError: this build has no kernels.
+    """
+    if core is None or not _info()["kernels"]:
+        raise BackendError(f"kernels: expected a build that has them, got none: {_info()['reason']}")
+    return Path(str(core.__file__))
 
 
 @functools.cache

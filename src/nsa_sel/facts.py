@@ -20,7 +20,7 @@ import functools
 import re
 import shutil
 import subprocess
-import sysconfig
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +34,7 @@ LATENCY = 0.8e-6  # seconds from request to data under load; an estimate
 SMEM_BYTES_PER_CLOCK = 128
 DEFAULT_DIMS = ((192, 128), (128, 128))  # the NSA paper and MiniMax-M3
 _MANY_ROWS = 4096  # requests: whole rows fill every SM
-_SYMBOL = re.compile(r"DecodeTraitsI(6__half|13__nv_bfloat16)Li(\d+)ELi(\d+)ELi(\d+)E(?:L[^E]*5LoadsE(\d)E)?")
-_TYPES = {"6__half": "float16", "13__nv_bfloat16": "bfloat16"}
-_LOADS = ("cp.async", "bulk")  # enum Loads in cpp/params.h
+_SYMBOL = re.compile(r"^nsa_sel_decode_(float16|bfloat16)_(\d+)x(\d+)_h(\d+)(_bulk)?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,27 +105,27 @@ class Fact:
     expected_share: float  # model: of the bandwidth ceiling
 
 
-def kernel_of_symbol(mangled: str) -> Key | None:
-    """Return which decode kernel a mangled name belongs to, None for another function.
+def kernel_of_symbol(symbol: str) -> Key | None:
+    """Return which decode kernel a function of the machine code is, None for another one.
 
     Raises:
         BackendError: a decode kernel whose name has another form.
 
-    >>> kernel_of_symbol("_Zdecode_kernelINS_12DecodeTraitsI6__halfLi64ELi128ELi16ELNS_5LoadsE0EEEEv").Dv
+    >>> kernel_of_symbol("nsa_sel_decode_float16_64x128_h16").Dv
     128
     """
-    match = _SYMBOL.search(mangled)
+    match = _SYMBOL.search(symbol)
     if match is None:
-        if "decode_kernel" in mangled:
-            raise BackendError(f"symbol: expected DecodeTraits<type, Dk, Dv, head tile, loads> in it, got {mangled}")
+        if "decode" in symbol:
+            raise BackendError(f"symbol: expected nsa_sel_decode_<dtype>_<Dk>x<Dv>_h<heads>, got {symbol}")
         return None
-    dtype, Dk, Dv, head_tile, loads = match.groups()
-    return Key(_TYPES[dtype], int(Dk), int(Dv), int(head_tile), _LOADS[int(loads or 0)])
+    dtype, Dk, Dv, head_tile, bulk = match.groups()
+    return Key(dtype, int(Dk), int(Dv), int(head_tile), "bulk" if bulk else "cp.async")
 
 
 def find_cuobjdump() -> Path | None:
     """Return NVIDIA's disassembler: from the wheel nvidia-cuda-cuobjdump, else from PATH, else None."""
-    wheels = sorted(Path(sysconfig.get_paths()["platlib"]).glob("nvidia/*/bin/cuobjdump"))
+    wheels = sorted(found for folder in sys.path for found in Path(folder).glob("nvidia/*/bin/cuobjdump"))
     found = str(wheels[-1]) if wheels else shutil.which("cuobjdump")
     return Path(found) if found else None
 
@@ -153,7 +151,7 @@ def resources() -> tuple[dict[tuple[str, Key], Resources], str | None]:
     tool = find_cuobjdump()
     if tool is None:
         return {}, "no cuobjdump (package nvidia-cuda-cuobjdump, or a CUDA toolkit on PATH)"
-    command = [str(tool), "--dump-resource-usage", str(_core().__file__)]
+    command = [str(tool), "--dump-resource-usage", str(_build.machine_code())]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         return {}, f"cuobjdump failed: {(result.stderr or result.stdout).strip()[:200]}"

@@ -77,7 +77,7 @@ def limits_of(device: Device) -> ctypes.Structure:
 
 def library_file(kind: str, root: Path = ROOT) -> Path:
     """Build (first call) the kernel's sources: the very files in cuda/ and cpp/, or a changed copy of them."""
-    kernels = [*sorted((root / "cuda").glob("instances/*.cu")), root / "cuda" / "run.cu"]
+    kernels = sorted((root / "cuda").glob("instances/*.cu"))
     host = [*sorted((root / "cpp").glob("*.cpp")), root / HOST_SOURCE]
     return build.library(kind, [*kernels, *host], include_dirs=[root / "cuda", root / "cpp"])
 

@@ -4,12 +4,21 @@
 
 #include "../../cpp/dispatch.h"
 #include "../../cpp/instances.h"
-#include "../../cuda/device.h"
+#include "../../cpp/launch.h"
 
 using namespace nsa_sel;
 
 namespace {
 DecodeLaunch prepared;
+}
+
+extern "C" int emu_launch(const char* name, unsigned grid, unsigned block, unsigned smem_bytes, unsigned cluster,
+                          int programmatic, const void* params);
+
+// In place of the driver's.
+int nsa_sel::launch_kernel(int /*device*/, int kernel, const LaunchShape& shape, const void* params, void* /*stream*/) {
+  return emu_launch(kernel_name(kernel).c_str(), shape.grid, shape.block, shape.smem_bytes, shape.cluster,
+                    shape.programmatic, params);
 }
 
 extern "C" {
@@ -35,7 +44,7 @@ int nsa_prepare(const DecodeRequest* request, const DeviceLimits* device, PlanSu
 
 int nsa_launch(float* workspace) {
   prepared.set_workspace(workspace);
-  return run_decode(prepared, nullptr);
+  return run_decode(prepared, 0, nullptr);
 }
 
 int nsa_num_instances() { return kNumInstances; }

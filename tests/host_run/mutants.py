@@ -24,14 +24,7 @@ def copy_sources(target: Path, dims: tuple[int, int]) -> Path:
 
     header = target / _INSTANCES
     header.write_text(re.sub(r"X\(\w+, (\d+, \d+)\)", keep, header.read_text()))
-    kept = 0
-    for source in (target / "cuda" / "instances").glob("*.cu"):
-        text = re.sub(
-            r"^NSA_SEL_INSTANTIATE_DECODE\(\w+, (\d+, \d+), .*\n", keep, source.read_text(), flags=re.MULTILINE
-        )
-        kept += text.count("NSA_SEL_INSTANTIATE_DECODE(")
-        source.write_text(text)
-    assert kept > 0, f"dims: expected those of an instance, got {dims}"
+    assert pair in header.read_text(), f"dims: expected those of an instance, got {dims}"
     return target
 
 

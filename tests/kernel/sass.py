@@ -1,4 +1,4 @@
-"""The machine code of the built module: disassembled once per architecture, kept on disk for all test workers."""
+"""The machine code of the installed package: disassembled once per architecture, kept on disk for all test workers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 
-from nsa_sel import facts
+from nsa_sel import _build, facts
 from nsa_sel.facts import Key
 from tests.host_run.build import CHECKOUT, locked
 
@@ -18,10 +18,8 @@ _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([\w.]+)", r
 
 
 def module_file() -> Path:
-    """Return the compiled module's path."""
-    from nsa_sel import _core
-
-    return Path(_core.__file__)
+    """Return the path of the file that holds the machine code."""
+    return _build.machine_code()
 
 
 def cuobjdump(*arguments: str) -> str:

@@ -9,7 +9,7 @@ import nsa_sel
 from nsa_sel import facts
 
 README = Path(__file__).resolve().parents[2] / "README.md"
-_TABLE = re.compile(r"<!-- kernels: nvcc ([\d.]+) -->\n(.*?)<!-- /kernels -->\n", re.DOTALL)
+_TABLE = re.compile(r"<!-- kernels: NVRTC ([\d.]+) -->\n(.*?)<!-- /kernels -->\n", re.DOTALL)
 
 
 def shown() -> tuple[str, str]:
@@ -25,5 +25,5 @@ def generated() -> str:
 
 if __name__ == "__main__":
     compiler = nsa_sel.build_info()["cuda_version"]
-    block = f"<!-- kernels: nvcc {compiler} -->\n{generated()}<!-- /kernels -->\n"
+    block = f"<!-- kernels: NVRTC {compiler} -->\n{generated()}<!-- /kernels -->\n"
     README.write_text(_TABLE.sub(lambda _: block, README.read_text(encoding="utf-8")), encoding="utf-8")

@@ -91,10 +91,9 @@ def test_registers_fit_the_launch_bound_and_nothing_is_on_the_stack() -> None:
 
 
 @with_kernels
-def test_instances_and_size_stay_small() -> None:
+def test_instances_stay_few() -> None:
     assert len(instances()) == len(BUILD["instances"]) <= 40
     assert sum(key.loads == "bulk" for key in instances()) <= 4
-    assert sass.module_file().stat().st_size < 20e6
 
 
 # ---- The plan -------------------------------------------------------------------------------------------------------
@@ -157,9 +156,9 @@ arch = sm_89
 Resource usage:
  Common:
   GLOBAL:0
- Function _Zdecode_kernelINS_12DecodeTraitsI13__nv_bfloat16Li192ELi128ELi16ELNS_5LoadsE1EEEEvNS_12DecodeParamsE:
+ Function nsa_sel_decode_bfloat16_192x128_h16_bulk:
   REG:161 STACK:8 SHARED:1024 LOCAL:4 CONSTANT[0]:872 TEXTURE:0 SURFACE:0 SAMPLER:0
- Function _Zcombine_kernel:
+ Function nsa_sel_combine_bfloat16:
   REG:40 STACK:0 SHARED:0 LOCAL:0 CONSTANT[0]:872 TEXTURE:0 SURFACE:0 SAMPLER:0
 """
 
@@ -167,8 +166,8 @@ Resource usage:
 def test_resource_usage_is_read() -> None:
     expected = {("89", Key("bfloat16", 192, 128, 16, "bulk")): Resources(161, 8, 4, 1024)}
     assert facts.parse_resources(REPORT) == expected
-    with pytest.raises(nsa_sel.BackendError, match="symbol: expected DecodeTraits"):
-        facts.kernel_of_symbol("_Z13decode_kernelILi3EE")
+    with pytest.raises(nsa_sel.BackendError, match="symbol: expected nsa_sel_decode"):
+        facts.kernel_of_symbol("nsa_sel_decode_3")
 
 
 def invoke(*arguments: str) -> str:
@@ -225,5 +224,5 @@ def test_without_kernels_info_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_table_of_the_readme_is_the_generated_one() -> None:
     compiler, table = kernel_table.shown()
     if BUILD["cuda_version"] != compiler or not {str(gpu.capability) for gpu in GPUS} <= set(ARCHITECTURES):
-        pytest.skip(f"the README's table is of nvcc {compiler}, all architectures; this build is another one")
+        pytest.skip(f"the README's table is of NVRTC {compiler}, all architectures; this build is another one")
     assert table == kernel_table.generated(), "run: python -m tests.kernel.table"

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import nsa_sel
-from nsa_sel.facts import Key, kernel_of_symbol
+from nsa_sel.facts import Key, find_cuobjdump, kernel_of_symbol
 from tests.kernel.sass import cuobjdump, module_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +45,25 @@ def test_machine_code_for_every_architecture_and_ptx_of_the_last() -> None:
 
 
 @with_kernels
+def test_machine_code_is_of_the_compilers_cuda_and_says_which_driver_it_needs(tmp_path: Path) -> None:
+    major = int(BUILD["cuda_version"].split(".")[0])
+    assert BUILD["compiler"] == f"NVRTC {BUILD['cuda_version']}"
+    assert BUILD["oldest_driver"] == {12: "525 (CUDA 12.0)", 13: "580 (CUDA 13.0)"}[major]
+    subprocess.run([str(find_cuobjdump()), "-xelf", "all", str(module_file())], cwd=tmp_path, check=True)
+    files = list(tmp_path.glob("*.cubin"))
+    assert files
+    assert {file.read_bytes()[8] for file in files} == {{12: 7, 13: 8}[major]}  # the ABI version of the ELF header
+
+
+@with_kernels
+def test_no_cuda_runtime_is_in_the_module() -> None:
+    content = module_file().read_bytes()
+    for name in (b"cudaGetDevice", b"cudaLaunchKernel", b"cudart", b"__cudaRegisterFatBinary"):
+        assert name not in content
+    assert b"cuGetProcAddress_v2" in content  # such names would be seen: this one is looked up
+
+
+@with_kernels
 def test_every_kernel_is_there_once_per_architecture_and_none_uses_the_stack() -> None:
     report = cuobjdump("--dump-resource-usage")
     kernels: dict[str, list[Key]] = {}
@@ -61,7 +80,7 @@ def test_every_kernel_is_there_once_per_architecture_and_none_uses_the_stack() -
         elif "STACK:" in line:
             assert "STACK:0 " in line, f"sm_{architecture}: {line.strip()}"  # spills show here, not in LOCAL
             assert "LOCAL:0 " in line, f"sm_{architecture}: {line.strip()}"
-    assert functions > 0
+    assert functions == (len(BUILD["instances"]) + 2) * len(BUILD["architectures"])  # and combine for two dtypes
     expected = Counter(Key(i["dtype"], i["Dk"], i["Dv"], i["head_tile"], i["loads"]) for i in BUILD["instances"])
     assert {name: Counter(found) for name, found in kernels.items()} == dict.fromkeys(BUILD["architectures"], expected)
 
@@ -101,18 +120,41 @@ def test_switches_that_contradict_each_other_stop_the_build(tmp_path: Path) -> N
     assert "NSA_SEL_WITHOUT_KERNELS and NSA_SEL_REQUIRE_KERNELS" in result.stderr
 
 
-def test_without_a_working_compiler_the_build_goes_on_and_says_why(tmp_path: Path) -> None:
-    result = configure(tmp_path, CUDACXX="/nonexistent/nvcc")
+def without_nvrtc(folder: Path) -> Path:
+    """Return a Python that sees pybind11 and no compiler."""
+    import pybind11
+
+    python = folder / "bin" / "python"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "pybind11").symlink_to(Path(pybind11.__file__).parent)
+    return python
+
+
+BROKEN = {"CUDA_HOME": "/nonexistent", "CUDA_PATH": ""}
+
+
+def test_without_a_compiler_the_build_goes_on_and_says_why_unless_kernels_are_required(tmp_path: Path) -> None:
+    python = f"-DPython_EXECUTABLE={without_nvrtc(tmp_path / 'env')}"
+    result = configure(tmp_path / "build", python, "-DPython_FIND_VIRTUALENV=ONLY", **BROKEN)
     assert result.returncode == 0, result.stderr
-    rules = (tmp_path / "build.ninja").read_text()
+    rules = (tmp_path / "build" / "build.ninja").read_text()
     assert "NSA_SEL_HAS_KERNELS=0" in rules
-    assert "the CUDA compiler /nonexistent/nvcc does not work" in rules  # what build_info() will repeat
-
-
-def test_kernels_that_are_required_and_cannot_be_built_stop_the_build(tmp_path: Path) -> None:
-    result = configure(tmp_path, "-DNSA_SEL_REQUIRE_KERNELS=ON", CUDACXX="/nonexistent/nvcc")
+    assert "expected NVRTC 12.9 (nvidia-cuda-nvrtc-cu12" in rules  # what build_info() will repeat
+    result = configure(tmp_path / "build", python, "-DNSA_SEL_REQUIRE_KERNELS=ON", **BROKEN)
     assert result.returncode != 0
-    assert re.search(r"NSA_SEL_REQUIRE_KERNELS:\s+the CUDA compiler\s+/nonexistent/nvcc", result.stderr)
+    assert re.search(r"NSA_SEL_REQUIRE_KERNELS:\s+expected\s+NVRTC\s+12.9", result.stderr), result.stderr
+
+
+def test_a_broken_compiler_is_named(tmp_path: Path) -> None:
+    python = without_nvrtc(tmp_path / "env")
+    (packages,) = (tmp_path / "env").glob("lib/python*/site-packages")
+    library = packages / "nvidia" / "cuda_nvrtc" / "lib" / "libnvrtc.so.12"
+    library.parent.mkdir(parents=True)
+    library.write_bytes(b"no library")
+    result = configure(tmp_path / "build", f"-DPython_EXECUTABLE={python}", "-DNSA_SEL_REQUIRE_KERNELS=ON", **BROKEN)
+    assert result.returncode != 0
+    assert re.search(r"libnvrtc.so.12\s+does\s+not\s+load", result.stderr), result.stderr
 
 
 def test_kernels_that_are_not_wanted_are_not_built(tmp_path: Path) -> None:
@@ -120,13 +162,13 @@ def test_kernels_that_are_not_wanted_are_not_built(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     rules = (tmp_path / "build.ninja").read_text()
     assert "NSA_SEL_HAS_KERNELS=0" in rules
-    assert ".cu.o" not in rules
+    assert ".cubin" not in rules
 
 
-needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH to configure with")
+needs_nvrtc = pytest.mark.skipif(not BUILD["kernels"], reason="no NVRTC was found when this build was made")
 
 
-@needs_nvcc
+@needs_nvrtc
 def test_architectures_are_checked_and_native_is_what_the_driver_names(tmp_path: Path) -> None:
     driver = tmp_path / "bin" / "nvidia-smi"
     driver.parent.mkdir()
@@ -135,7 +177,7 @@ def test_architectures_are_checked_and_native_is_what_the_driver_names(tmp_path:
     result = configure(tmp_path / "build", "-DNSA_SEL_ARCHITECTURES=native", PATH_FIRST=str(driver.parent))
     assert result.returncode == 0, result.stderr
     rules = (tmp_path / "build" / "build.ninja").read_text()
-    assert set(re.findall(r"code=\[(\w+)\]", rules)) == {"sm_86", "sm_90", "compute_90"}
+    assert set(re.findall(r"kernels/\w+\.(\d+\.\w+):", rules.replace(" ", ": "))) == {"86.cubin", "90.cubin", "90.ptx"}
     assert 'NSA_SEL_ARCHITECTURES=\\"86;90\\"' in rules.replace('"\\"', '\\"')
 
     # The same folder again: the compiler need not be looked for a second time.
@@ -143,14 +185,16 @@ def test_architectures_are_checked_and_native_is_what_the_driver_names(tmp_path:
     result = configure(tmp_path / "build", "-DNSA_SEL_ARCHITECTURES=native", PATH_FIRST=str(driver.parent))
     assert result.returncode != 0
     assert "NSA_SEL_ARCHITECTURES=native" in result.stderr
-    result = configure(tmp_path / "build", "-DNSA_SEL_ARCHITECTURES=75;90")
-    assert result.returncode != 0
-    assert "got '75'" in result.stderr
+    for wrong, got in (("75;90", "got '75'"), ("sm_90", "got 'sm_90'"), ("", "got nothing")):
+        result = configure(tmp_path / "build", f"-DNSA_SEL_ARCHITECTURES={wrong}")
+        assert result.returncode != 0
+        assert re.search(r"NSA_SEL_ARCHITECTURES:\s+expected\s+'native'", result.stderr)
+        assert got in " ".join(result.stderr.split())
 
 
 # 256 values that live through a loop and may have 32 registers.
 SPILLING = """
-__global__ void __launch_bounds__(1024, 2) planted(float* p) {
+extern "C" __global__ void __launch_bounds__(1024, 2) planted(float* p) {
   float x[256];
   for (int i = 0; i < 256; ++i) x[i] = p[i * 1024 + threadIdx.x];
   for (int k = 0; k < 64; ++k)
@@ -160,21 +204,58 @@ __global__ void __launch_bounds__(1024, 2) planted(float* p) {
 """
 
 
-@needs_nvcc
-@pytest.mark.parametrize("spills", [False, True])
-def test_a_spill_fails_the_build(tmp_path: Path, spills: bool) -> None:
+def planted_sources(folder: Path, kernel: str) -> Path:
+    """Copy the build's files, with one kernel that is none of ours."""
+    folder.mkdir()
     for name in ("CMakeLists.txt", "cmake", "cpp", "python"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, tmp_path / name)
-    (tmp_path / "cuda").mkdir()
-    (tmp_path / "cuda" / "planted.cu").write_text(SPILLING if spills else SPILLING.replace("256", "8"))
-    result = configure(tmp_path / "build", "-DNSA_SEL_ARCHITECTURES=80;90", source=tmp_path)
+        copy(ROOT / name, folder / name)
+    (folder / "cuda" / "instances").mkdir(parents=True)
+    (folder / "cuda" / "instances" / "planted.cu").write_text(kernel)
+    return folder
+
+
+def build_images(build: Path) -> subprocess.CompletedProcess[str]:
+    """Build the packed machine code alone."""
+    command = ["cmake", "--build", str(build), "--target", "nsa_sel_images"]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@needs_nvrtc
+@pytest.mark.parametrize("spills", [False, True])
+def test_a_spill_fails_the_build(tmp_path: Path, spills: bool) -> None:
+    source = planted_sources(tmp_path / "source", SPILLING if spills else SPILLING.replace("256", "8"))
+    result = configure(tmp_path / "build", "-DNSA_SEL_ARCHITECTURES=80;90", source=source)
     assert result.returncode == 0, result.stderr
-    cmake = ["cmake", "--build", str(tmp_path / "build"), "--target", "nsa_sel_kernels"]
-    result = subprocess.run(cmake, capture_output=True, text=True, check=False)
+    result = build_images(tmp_path / "build")
     printed = result.stdout + result.stderr
     assert result.returncode == 0 or spills, printed
     assert ("spill" in printed) == (result.returncode != 0) == spills, printed
+
+
+@needs_nvrtc
+def test_only_what_changed_is_compiled_again_in_folders_of_any_name_and_a_source_tree_that_is_read_only(
+    tmp_path: Path,
+) -> None:
+    kernel = '#include "own.cuh"\nextern "C" __global__ void planted(float* p) { p[0] = kValue; }\n'
+    source = planted_sources(tmp_path / 'it\'s a "source"', kernel)
+    instances = source / "cuda" / "instances"
+    (instances / "own.cuh").write_text("constexpr float kValue = 1.0f;\n")
+    (instances / "other.cu").write_text('extern "C" __global__ void other(float* p) { p[0] = 2.0f; }\n')
+    for folder in (source, instances):
+        folder.chmod(0o555)
+    build = tmp_path / "a 'build' folder"
+    result = configure(build, "-DNSA_SEL_ARCHITECTURES=80", source=source)
+    assert result.returncode == 0, result.stderr
+    result = build_images(build)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Compiling planted.cu" in result.stdout
+    assert "no work to do" in build_images(build).stdout
+    (instances / "own.cuh").write_text("constexpr float kValue = 3.0f;\n")
+    result = build_images(build)
+    assert "Compiling planted.cu" in result.stdout
+    assert "Compiling other.cu" not in result.stdout
+    assert "planted" in (build / "kernels" / "images.cpp").read_text()
 
 
 @pytest.mark.slow

@@ -119,7 +119,7 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
             if launch.workspace_floats > 0:
                 workspace = torch.empty(launch.workspace_floats, dtype=torch.float32, device=device)
             stream = torch.cuda.current_stream(device).cuda_stream
-            code = launch.run(0 if workspace is None else workspace.data_ptr(), stream)
+            code = launch.run(0 if workspace is None else workspace.data_ptr(), device.index, stream)
             if code != 0:
                 message = f"decode kernel on {torch.cuda.get_device_name(device)}: {core.error_string(code)}"
                 raise KernelLaunchError(message) if core.is_refusal(code) else RuntimeError(message)

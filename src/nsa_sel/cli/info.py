@@ -115,7 +115,7 @@ def show(found: dict[str, Any], console: Console) -> None:
     table.add_row("kernels", f"{len(build['instances'])} compiled" if build["kernels"] else f"none: {build['reason']}")
     if build["kernels"]:
         table.add_row("architectures", ", ".join(f"sm_{a}" for a in build["architectures"]))
-        table.add_row("CUDA compiler", str(build["cuda_version"]))
+        table.add_row("compiler", f"{build['compiler']}; oldest driver {build['oldest_driver']}")
     table.add_row("torch", f"{found['torch']['version']} (CUDA {found['torch']['cuda'] or 'none'})")
     table.add_row("policy", f"{found['policy']['path']}{'' if found['policy']['exists'] else ' (no such file)'}")
     table.add_row("switches", ", ".join(f"{name}={value}" for name, value in found["switches"].items()))

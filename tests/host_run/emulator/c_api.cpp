@@ -78,3 +78,16 @@ EMU_API uint64_t emu_steps() { return engine.steps; }
 
 EMU_API void emu_begin_stream(int stream) { begin_stream(stream); }
 EMU_API void emu_run_streams(uint64_t seed) { run_streams(seed); }
+
+// What a driver knows of a launch and no more. Returns a cudaError_t; cudaErrorInvalidDeviceFunction for a wrong name.
+EMU_API int emu_launch(const char* name, unsigned grid, unsigned block, unsigned smem_bytes, unsigned cluster,
+                       int programmatic, const void* params) {
+  constexpr int kInvalidDeviceFunction = 98;
+  const KernelEntry* kernel = find_kernel(name);
+  if (kernel == nullptr) return kInvalidDeviceFunction;
+  return launch(*kernel, params, grid, block, smem_bytes, cluster, programmatic != 0);
+}
+EMU_API size_t emu_params_bytes(const char* name) {  // 0: no such kernel
+  const KernelEntry* kernel = find_kernel(name);
+  return kernel == nullptr ? 0 : kernel->params_bytes;
+}

@@ -69,8 +69,17 @@ void grid_launch_dependents(Site site);
 [[noreturn]] void trap(Site site);
 
 // ---- The host's side of a launch ------------------------------------------------------------------------------------
-struct LaunchRequest {
+struct KernelEntry {
+  const char* name;
   void (*invoke)(void (*kernel)(), const void* params);  // one CUDA thread: calls the kernel by its own type
+  void (*kernel)();
+  size_t params_bytes;
+};
+void register_kernel(const KernelEntry& entry);
+const KernelEntry* find_kernel(const char* name);  // null: no such kernel
+
+struct LaunchRequest {
+  void (*invoke)(void (*kernel)(), const void* params);
   void (*kernel)();
   std::shared_ptr<const void> params;  // the argument: every thread may read it
   size_t params_bytes;
@@ -78,5 +87,8 @@ struct LaunchRequest {
   bool programmatic;
 };
 int launch(LaunchRequest request);
+// Copies the parameters, as on the device: the caller's struct may change before a recorded launch runs.
+int launch(const KernelEntry& kernel, const void* params, unsigned grid, unsigned block, unsigned smem_bytes,
+           unsigned cluster, bool programmatic);
 
 }  // namespace nsa_sel::emu

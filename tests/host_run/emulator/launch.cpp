@@ -1,4 +1,5 @@
 // launch.cpp - grids: cluster by cluster, one after the other or, for recorded streams, interleaved.
+#include <cstdlib>
 #include <cstring>
 
 #include "internals.h"
@@ -121,7 +122,30 @@ bool step_launch(Launch& launch) {
   return launch.next_cluster < launch.clusters;
 }
 
+// Of all kernels linked in; filled while the library loads.
+std::unordered_map<std::string, KernelEntry>& kernels() {
+  static std::unordered_map<std::string, KernelEntry> table;
+  return table;
+}
+
 }  // namespace
+
+void register_kernel(const KernelEntry& entry) { kernels()[entry.name] = entry; }
+
+const KernelEntry* find_kernel(const char* name) {
+  const auto found = kernels().find(name);
+  return found == kernels().end() ? nullptr : &found->second;
+}
+
+int launch(const KernelEntry& kernel, const void* params, unsigned grid, unsigned block, unsigned smem_bytes,
+           unsigned cluster, bool programmatic) {
+  constexpr size_t kAlignment = 64;  // of a kernel's parameters
+  std::shared_ptr<void> copy(
+      std::aligned_alloc(kAlignment, (kernel.params_bytes + kAlignment - 1) / kAlignment * kAlignment), std::free);
+  memcpy(copy.get(), params, kernel.params_bytes);
+  return launch(
+      {kernel.invoke, kernel.kernel, copy, kernel.params_bytes, grid, block, smem_bytes, cluster, programmatic});
+}
 
 int launch(LaunchRequest request) {
   constexpr int kInvalidConfiguration = 9;  // cudaErrorInvalidConfiguration
