@@ -1,6 +1,6 @@
 # The kernels: each file in cuda/instances/ compiled for each architecture, in parallel, then packed into one C++ file,
 # nsa_sel_images. Nothing here depends on the Python that the module is linked for.
-file(GLOB kernel_sources CONFIGURE_DEPENDS cuda/instances/*.cu)
+file(GLOB kernel_sources cuda/instances/*.cu)
 if(NOT kernel_sources)
   message(FATAL_ERROR "cuda/instances: expected the kernels' .cu files, got none")
 endif()
