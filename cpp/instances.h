@@ -15,8 +15,8 @@ namespace nsa_sel {
 #define NSA_SEL_FOR_EACH_BULK_DIMS(X) \
   X(kFloat16, 128, 128) X(kFloat16, 192, 128) X(kBfloat16, 128, 128) X(kBfloat16, 192, 128)
 
-#if !defined( \
-    __CUDACC_RTC__)  // the kernels are made from the lists above; the table would be data in every one's module
+// The kernels are made from the lists above; the table would be data in the module of every one.
+#if !defined(__CUDACC_RTC__)
 
 struct InstanceKey {
   Dtype dtype;
