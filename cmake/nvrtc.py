@@ -201,7 +201,7 @@ def main() -> int:
     one.add_argument("source", type=Path)
     one.add_argument("--library", type=Path, required=True)
     one.add_argument("--arch", required=True)
-    one.add_argument("--output", type=Path, required=True)
+    one.add_argument("-o", "--output", type=Path, required=True)
     one.add_argument("--ptx", type=Path)
     one.add_argument("--depfile", type=Path, required=True)
     one.add_argument("--line-info", action="store_true")

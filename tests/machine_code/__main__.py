@@ -2,8 +2,8 @@
 
 To judge another compile of the kernel, give its machine code: `python -m tests.machine_code --arch sm_90 --cubin FILE`
 where FILE holds the NSA instance alone (bf16, 192/128, head tile 16) with line information, as by
-`nvcc -cubin -arch=sm_90 -lineinfo -std=c++17 -Icpp -Icuda x.cu`; the parameters are those of this checkout. Stages are
-found by the names of source functions (`STAGES` in tests/machine_code/clock.py).
+`nvcc -cubin -arch=sm_90 -lineinfo -std=c++17 -Icpp -Icuda x.cu` or cmake/nvrtc.py makes; the parameters are this
+checkout's. Stages are found by the names of source functions (`STAGES` in tests/machine_code/clock.py).
 """
 
 from __future__ import annotations

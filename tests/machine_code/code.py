@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-import shutil
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tests.machine_code import listing
 from tests.machine_code.native import ROOT, Program
 
 _ELEMENTS = {"float16": "__half", "bfloat16": "__nv_bfloat16"}
+_DTYPES = {"float16": "kFloat16", "bfloat16": "kBfloat16"}  # enum Dtype
 _LOADS = {"cp.async": "kCpAsync", "bulk": "kBulk"}
 
 
@@ -32,33 +34,41 @@ class Instance:
 
     def source(self) -> str:
         """A file that compiles this kernel alone, from the package's sources."""
-        element = _ELEMENTS[self.dtype]
         if self.is_combine:
-            return (
-                f'#include "combine_kernel.cuh"\nnamespace nsa_sel {{\n'
-                f"template __global__ void combine_kernel<{element}>(const __grid_constant__ CombineParams);\n}}\n"
-            )
-        traits = f"DecodeTraits<{element}, {self.Dk}, {self.Dv}, {self.head_tile}, Loads::{_LOADS[self.loads]}>"
-        return (
-            f'#include "decode_kernel.cuh"\nnamespace nsa_sel {{\n'
-            f"template __global__ void decode_kernel<{traits}>(const __grid_constant__ DecodeParams);\n}}\n"
-        )
+            name, element = f"nsa_sel_combine_{self.dtype}", _ELEMENTS[self.dtype]
+            kernel = f"NSA_SEL_KERNEL({name}, CombineParams, kCombineThreads, 1) {{ combine_kernel<{element}>(p); }}"
+        else:
+            dims = f"{self.Dk}, {self.Dv}, {self.head_tile}"
+            kernel = f"NSA_SEL_DECODE({_DTYPES[self.dtype]}, {dims}, {_LOADS[self.loads]})"
+        include = '#include "combine_kernel.cuh"\n#include "kernel_entry.cuh"\n'
+        return f"{include}namespace nsa_sel {{\n{kernel}\n}}\n"
+
+
+@functools.cache
+def _compiler() -> list[str]:
+    """Return the build's own compiler as a command, with the folders of headers."""
+    script = ROOT / "cmake" / "nvrtc.py"
+    found = subprocess.run([sys.executable, str(script), "find"], capture_output=True, text=True, check=False)
+    if found.returncode != 0:
+        raise RuntimeError(f"NVRTC: expected one to compile kernels with, got none: {found.stderr.strip()}")
+    library, _version, *folders = found.stdout.splitlines()
+    include = [f"-I{folder}" for folder in (ROOT / "cuda", ROOT / "cpp", *folders)]
+    return [sys.executable, str(script), "compile", "--library", library, "--line-info", *include]
 
 
 @functools.cache
 def compiled(instance: Instance, arch: str) -> Path:
     """Compile one kernel of this checkout with line information (the code is the same without it)."""
-    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
-    headers = sorted([*(ROOT / "cuda").rglob("*.*"), *(ROOT / "cpp").glob("*.h")])
-    flags = ["-cubin", f"-arch={arch}", "-lineinfo", "-std=c++17", f"-I{ROOT / 'cuda'}", f"-I{ROOT / 'cpp'}"]
+    headers = sorted([*(ROOT / "cuda").rglob("*.*"), *(ROOT / "cpp").glob("*.h"), ROOT / "cmake" / "nvrtc.py"])
     folder = ROOT / "build" / "machine_code"
     folder.mkdir(parents=True, exist_ok=True)
-    name = build.digest([nvcc, *flags, instance.source()], headers)
+    command = [*_compiler(), "--arch", arch.removeprefix("sm_")]
+    name = build.digest([*command, instance.source()], headers)
     target, source = folder / f"{name}.cubin", folder / f"{name}.cu"
     with build.locked(folder):
         if not target.exists():
             source.write_text(instance.source())
-            build.into(target, [nvcc, *flags, str(source)])
+            build.into(target, [*command, "--depfile", str(source.with_suffix(".d")), str(source)])
     return target
 
 

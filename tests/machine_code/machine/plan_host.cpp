@@ -28,7 +28,7 @@ int machine_plan(const nsa_sel::DecodeRequest* request, const nsa_sel::DeviceLim
     std::snprintf(message, size_t(message_bytes), "%s", error.what());
     return 1;
   }
-  constexpr int kCombineThreads = 128;  // as in cuda/combine_kernel.cuh, which the host compiler cannot include
+  using nsa_sel::kCombineThreads;
   const nsa_sel::DecodePlan& plan = prepared.plan;
   const nsa_sel::InstanceKey& key = nsa_sel::kInstances[prepared.instance];
   const int chunks = (prepared.decode.h * key.Dv / 4 + kCombineThreads - 1) / kCombineThreads;
