@@ -39,40 +39,40 @@ class Nvrtc:
         # It looks for its builtins by name alone, which finds what is loaded already.
         for builtins in sorted(library.parent.glob("libnvrtc-builtins.so*")):
             ctypes.CDLL(str(builtins), ctypes.RTLD_GLOBAL)
-        self.library = ctypes.CDLL(str(library))
+        self.lib = ctypes.CDLL(str(library))
 
     def check(self, code: int, what: str) -> None:
         """Raise RuntimeError unless a call returned 0."""
         if code != 0:
-            self.library.nvrtcGetErrorString.restype = ctypes.c_char_p
-            raise RuntimeError(f"{what}: {self.library.nvrtcGetErrorString(code).decode()}")
+            self.lib.nvrtcGetErrorString.restype = ctypes.c_char_p
+            raise RuntimeError(f"{what}: {self.lib.nvrtcGetErrorString(code).decode()}")
 
     def version(self) -> tuple[int, int]:
         """Return (major, minor)."""
         major, minor = ctypes.c_int(), ctypes.c_int()
-        self.check(self.library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)), "nvrtcVersion")
+        self.check(self.lib.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)), "nvrtcVersion")
         return major.value, minor.value
 
     def compile(self, source: Path, options: list[str]) -> tuple[ctypes.c_void_p, str, bool]:
         """Return the program, the compiler's log and whether it compiled."""
         program = ctypes.c_void_p()
         strings = ctypes.c_char_p * len(_SHIMS)
-        created = self.library.nvrtcCreateProgram(
+        created = self.lib.nvrtcCreateProgram(
             ctypes.byref(program), source.read_bytes(), os.fsencode(source), len(_SHIMS),
             strings(*(text.encode() for text in _SHIMS.values())), strings(*(name.encode() for name in _SHIMS)),
         )  # fmt: skip
         self.check(created, "nvrtcCreateProgram")
         arguments = (ctypes.c_char_p * len(options))(*map(os.fsencode, options))
-        code = self.library.nvrtcCompileProgram(program, len(options), arguments)
+        code = self.lib.nvrtcCompileProgram(program, len(options), arguments)
         log = self.take(program, "ProgramLog").rstrip(b"\0").decode(errors="replace").strip()
         return program, log, code == 0
 
     def take(self, program: ctypes.c_void_p, what: str) -> bytes:
         """Return the program's "CUBIN", "PTX" or "ProgramLog"."""
         size = ctypes.c_size_t()
-        self.check(getattr(self.library, f"nvrtcGet{what}Size")(program, ctypes.byref(size)), what)
+        self.check(getattr(self.lib, f"nvrtcGet{what}Size")(program, ctypes.byref(size)), what)
         buffer = ctypes.create_string_buffer(size.value)
-        self.check(getattr(self.library, f"nvrtcGet{what}")(program, buffer), what)
+        self.check(getattr(self.lib, f"nvrtcGet{what}")(program, buffer), what)
         return buffer.raw
 
 
@@ -171,7 +171,7 @@ def depfile(target: str, inputs: list[Path]) -> str:
 
 
 def _compile(arguments: argparse.Namespace) -> int:
-    nvrtc = Nvrtc(arguments.library)
+    nvrtc = Nvrtc(arguments.nvrtc)
     options = [
         "--std=c++17", f"--gpu-architecture=sm_{arguments.arch}", "-default-device", "-DNDEBUG",
         "--ptxas-options=--warn-on-spills", "--ptxas-options=--warning-as-error",  # a spill fails the build
@@ -199,7 +199,7 @@ def main() -> int:
     commands.add_parser("find")
     one = commands.add_parser("compile")
     one.add_argument("source", type=Path)
-    one.add_argument("--library", type=Path, required=True)
+    one.add_argument("--library", dest="nvrtc", type=Path, required=True)
     one.add_argument("--arch", required=True)
     one.add_argument("-o", "--output", type=Path, required=True)
     one.add_argument("--ptx", type=Path)
