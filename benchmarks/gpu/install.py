@@ -10,7 +10,7 @@ from benchmarks.gpu.machine import ROOT
 
 # import name -> what to install for it; all else that is needed comes with a torch that can build extensions
 NEEDED = {
-    "torch": "torch", "numpy": "numpy", "typer": "typer", "rich": "rich", "platformdirs": "platformdirs",
+    "torch": "torch", "numpy": "numpy", "typer": "typer", "rich": "rich",
     "matplotlib": "matplotlib", "pandas": "pandas", "pytest": "pytest", "hypothesis": "hypothesis",
     "scikit_build_core": "scikit-build-core", "pybind11": "pybind11",
 }  # fmt: skip

@@ -40,9 +40,8 @@ class Policy:
 
 def user_path() -> Path:
     """Return the policy of the user's configuration folder."""
-    import platformdirs  # here: most processes never look for a policy
-
-    return Path(platformdirs.user_config_dir("nsa_sel")) / "policy.json"
+    folder = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
+    return Path(folder) / "nsa_sel" / "policy.json"
 
 
 def default_path() -> Path:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import nsa_sel
 from nsa_sel import facts
-from nsa_sel.cli import app
+from nsa_sel.cli.app import app
 from nsa_sel.facts import GPUS, Gpu, Key, Resources
 from tests.kernel import sass
 from tests.kernel import table as kernel_table

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner, Result
 
-from nsa_sel.cli import app
+from nsa_sel.cli.app import app
 
 QUICK = ["--iters", "3", "--warmup", "1", "--device", "cpu"]
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from nsa_sel.cli import app
+from nsa_sel.cli.app import app
 from nsa_sel.measure import schema
 from tests.measure.commands import QUICK, run, table
 

@@ -6,6 +6,7 @@ import csv
 import importlib.metadata
 import json
 import math
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -14,9 +15,10 @@ import torch
 from typer.testing import CliRunner, Result
 
 import nsa_sel
+import nsa_sel.cli
 from nsa_sel import policy
-from nsa_sel.cli import app
 from nsa_sel.cli import demo as demo_command
+from nsa_sel.cli.app import app
 from nsa_sel.demo import Row
 
 SMALL = ("--device", "cpu", "--contexts", "512,1k", "--steps", "2")
@@ -40,7 +42,7 @@ def test_the_script_is_installed_and_lists_its_commands() -> None:
     if nsa_sel.__version__ == "0+source":
         pytest.skip("the package is not installed, only on the path")
     (script,) = importlib.metadata.entry_points(group="console_scripts", name="nsa-sel")
-    assert script.load() is app
+    assert script.load() is nsa_sel.cli.main
     result = invoke("--help")
     assert result.exit_code == 0
     for command in ("demo", "info"):
@@ -191,3 +193,16 @@ def test_info_names_a_switch_that_is_wrong(monkeypatch: pytest.MonkeyPatch) -> N
     assert result.exit_code == 2
     assert "NSA_SEL_CUDA" in result.output
     assert "'perhaps'" in result.output
+
+
+@pytest.mark.parametrize(("library", "extra"), [("typer", "cli"), ("rich", "cli")])
+def test_a_plain_install_says_which_extra_a_command_needs(
+    monkeypatch: pytest.MonkeyPatch, library: str, extra: str
+) -> None:
+    for name in [name for name in sys.modules if name.startswith(("nsa_sel.cli.", f"{library}."))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, library, None)  # as if it were not installed
+    monkeypatch.setattr(sys, "argv", ["nsa-sel", "info"])
+    with pytest.raises(SystemExit) as stopped:
+        nsa_sel.cli.main()
+    assert f"nsa-sel[{extra}]" in str(stopped.value)

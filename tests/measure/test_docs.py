@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-from nsa_sel.cli import app
+from nsa_sel.cli.app import app
 from nsa_sel.measure import schema
 from nsa_sel.measure.rules import load_rules
 

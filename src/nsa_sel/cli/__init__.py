@@ -1,17 +1,23 @@
-"""The console script `nsa-sel`: each module of this package registers its commands on one typer app."""
+"""The console script `nsa-sel`: each module of this package registers its commands on one typer app.
+
+Its libraries come with the extra `cli`, which the library itself does not need.
+"""
 
 from __future__ import annotations
 
-import typer
+import sys
 
-from nsa_sel.cli import demo, info, measure
+EXTRAS = {"typer": "cli", "rich": "cli", "matplotlib": "cli", "pandas": "bench", "tomli": "bench"}
 
-app = typer.Typer(
-    name="nsa-sel",
-    help="Selection attention: see it work, see what runs here, measure it.",
-    no_args_is_help=True,
-    pretty_exceptions_show_locals=False,
-)
-demo.register(app)
-info.register(app)
-measure.register(app)
+
+def main() -> None:
+    """Run `nsa-sel`; where a library is absent, say which extra brings it."""
+    try:
+        from nsa_sel.cli.app import app
+
+        app()
+    except ModuleNotFoundError as error:
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        sys.exit(f"nsa-sel: expected {error.name}, which is not installed: pip install 'nsa-sel[{extra}]'")
