@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nsa_sel
-from nsa_sel.backends import _gather, _plan, sdpa
+from nsa_sel.backends import _cpu, _gather, _plan, sdpa
 from nsa_sel.problem import Call
 from nsa_sel.testing import assert_matches_reference
 from nsa_sel.validation import check
@@ -58,14 +58,20 @@ def test_a_captured_graph_keeps_to_the_budget_too(name: str, monkeypatch: pytest
 @pytest.mark.parametrize("name", CHUNKED)
 def test_no_chunk_takes_more_than_the_budget(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     largest = 0
-    locate = _gather.locate
+    locate, attend = _gather.locate, _cpu.attend
 
     def spy(call: Call, selection: Any, rows: torch.Tensor, begin: int, end: int, masked: bool) -> Any:
         nonlocal largest
         largest = max(largest, rows.shape[0] * (end - begin))
         return locate(call, selection, rows, begin, end, masked)
 
+    def spy_on_cpu(call: Call, selection: Any, rows: Any, lengths: Any, chunk: _plan.Chunk, count: Any) -> Any:
+        nonlocal largest
+        largest = max(largest, len(rows) * chunk.tokens)
+        return attend(call, selection, rows, lengths, chunk, count)
+
     monkeypatch.setattr(_gather, "locate", spy)
+    monkeypatch.setattr(_cpu, "attend", spy_on_cpu)
     call = call_of(case(name).inputs())
     budget = 200_000
     sdpa.run(call, budget)
@@ -120,8 +126,8 @@ def test_one_long_row_does_not_pad_the_others() -> None:
     before = sdpa.counters()
     sdpa.run(call_of(inputs))
     count = difference(before)
-    assert count.gathered_bytes == (255 * 20 + longest) * (64 + 64) * 2
-    assert count.chunks == 2
+    selected = (255 * 20 + longest) * (64 + 64) * 2
+    assert selected <= count.gathered_bytes <= 1.01 * selected
 
 
 def test_padding_at_most_doubles_what_is_gathered() -> None:
@@ -181,8 +187,9 @@ def peak_kib(rows: int, L: int, S_kv: int) -> int:
 
 def test_peak_memory_does_not_depend_on_the_cache() -> None:
     short, long = peak_kib(64, 1024, 4096), peak_kib(64, 1024, 2**20)
+    # a few rows at a time are gathered into a buffer that stays
     gathered = 64 * 1024 * 256 * 2 // 1024
-    assert short >= gathered, "the measurement saw nothing"
+    assert short < gathered // 4
     # one copy of the longer cache's K would show as 260,000 KiB
     assert abs(long - short) < 10_000, f"{short} KiB at 4,096 tokens, {long} KiB at 1,048,576"
 

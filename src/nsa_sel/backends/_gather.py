@@ -24,6 +24,8 @@ class Counters:
 class Selection:
     """The clamped spans of R rows; position p of a row lies in the first span whose running end is beyond p."""
 
+    start: torch.Tensor  # [R, n] int64, first token of span i
+    span: torch.Tensor  # [R, n] int64, tokens of span i
     ends: torch.Tensor  # [R, n] int64, tokens up to and including span i
     shift: torch.Tensor  # [R, n] int64, token id minus position inside span i
     length: torch.Tensor  # [R] int64, L of each row (pages that are not there still counted)
@@ -33,16 +35,16 @@ class Selection:
 def resolve(call: Call) -> Selection:
     """Clamp the spans of every row to `[0, kv_len)`, in 64 bits, without looking at a value."""
     problem = call.problem
-    B, S, S_kv, rows = problem.B, problem.S, problem.S_kv, problem.rows
+    S, S_kv, rows = problem.S, problem.S_kv, problem.rows
     device = call.q.device
     if call.seq_lens is None:
-        seq = torch.full((B, 1), S_kv, dtype=torch.int64, device=device)
+        seq = torch.full((1, 1), S_kv, dtype=torch.int64, device=device)
     else:
         seq = call.seq_lens.to(torch.int64).clamp(0, S_kv).unsqueeze(1)
-    kv_len = seq.expand(B, S)
-    if call.causal:
+    kv_len = seq
+    if call.causal and S > 1:
         kv_len = (kv_len + torch.arange(1 - S, 1, device=device)).clamp_min(0)
-    limit = kv_len[:, :, None, None]  # [B, S, 1, 1]
+    limit = kv_len[:, :, None, None]  # [B, S, 1, 1], or 1 for B or S
 
     if call.ranges is not None:
         start, end = call.ranges.to(torch.int64).unbind(-1)
@@ -58,10 +60,9 @@ def resolve(call: Call) -> Selection:
         start = ids.clamp(0, S_kv) * size
         length = torch.minimum(start + size, limit) - torch.minimum(start, limit)
         length = length.masked_fill(ids < 0, 0)
-    length = length.reshape(rows, problem.n)
+    start, length = start.reshape(rows, problem.n), length.reshape(rows, problem.n)
     ends = length.cumsum(1)
-    shift = start.reshape(rows, problem.n) - (ends - length)
-    return Selection(ends, shift, length.sum(1), _bad_page(call, seq))
+    return Selection(start, length, ends, start - (ends - length), length.sum(1), _bad_page(call, seq))
 
 
 def _bad_page(call: Call, seq: torch.Tensor) -> torch.Tensor | None:

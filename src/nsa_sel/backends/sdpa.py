@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from nsa_sel.backends import _backward, _gather
+from nsa_sel.backends import _backward, _cpu, _gather
 from nsa_sel.backends._gather import Counters, Selection
 from nsa_sel.backends._plan import MEMORY_BUDGET, Chunk, captured_bound, largest_selection, make_plan
 from nsa_sel.problem import Call, Problem
@@ -136,9 +136,11 @@ class _Work:
     """What one call has to do."""
 
     selection: Selection
+    lengths: np.ndarray  # [R] L of the rows in planned order, or its bound
     order: torch.Tensor | None  # [R] row ids, longest first; None: as they are
     plan: list[Chunk]
     count: Counters
+    on_host: bool  # lengths and places are known on the CPU, where the tensors are too
     broken: torch.Tensor | None = None  # [R] rows beyond the bound that a captured graph computes
 
     def rows(self, chunk: Chunk) -> torch.Tensor:
@@ -159,14 +161,16 @@ def _prepare(call: Call, budget: int, capturing: bool) -> _Work:
     selection = _gather.resolve(call)
     # without one slot, token or page there is no memory that a gather could point at
     if not (problem.rows and problem.n and problem.S_kv and (problem.num_pages or not problem.paged)):
-        return _Work(selection, None, [], count)
+        return _Work(selection, np.zeros(0), None, [], count, on_host=False)
     if not capturing:
         lengths, order, masked = _read_back(selection, count)
-        return _Work(selection, order, make_plan(problem, lengths, budget, masked), count)
+        plan = make_plan(problem, lengths, budget, masked)
+        return _Work(selection, lengths, order, plan, count, on_host=problem.device_type == "cpu")
     limit = captured_bound(problem)
-    plan = make_plan(problem, np.full(problem.rows, limit), budget, masked=True)
+    lengths = np.full(problem.rows, limit)
+    plan = make_plan(problem, lengths, budget, masked=True)
     broken = selection.length > limit if limit < largest_selection(problem) else None
-    return _Work(selection, None, plan, count, broken)
+    return _Work(selection, lengths, None, plan, count, on_host=False, broken=broken)
 
 
 def _read_back(selection: Selection, count: Counters) -> tuple[np.ndarray, torch.Tensor | None, bool]:
@@ -215,10 +219,30 @@ def _empty_rows(call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
 def _attend_chunk(
     call: Call, work: _Work, rows: torch.Tensor, chunk: Chunk
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attend the rows [r] of one chunk, piece by piece: out [r, h, Dv] and lse [r, h] or None."""
+    """Attend the rows [r] of one chunk: out [r, h, Dv] and lse [r, h] or None."""
     kept = rows.shape[0]
     if chunk.pad_rows:
         rows = torch.cat([rows, rows[-1:].expand(chunk.pad_rows)])
+    if not work.on_host or chunk.piece < chunk.tokens:
+        out, lse = _attend_pieces(call, work, rows, chunk)
+    else:
+        lengths = work.lengths[chunk.rows]
+        if chunk.pad_rows:
+            lengths = np.append(lengths, lengths[-1:].repeat(chunk.pad_rows))
+        out, lse = _cpu.attend(call, work.selection, rows.numpy(), lengths, chunk, work.count)
+        if not math.isfinite(out.sum(dtype=lse.dtype).item() + lse.sum().item()):
+            for row in (~(out.isfinite().all(2) & lse.isfinite())).any(1).nonzero().flatten():
+                out[row], exact = _attend_pieces(call, work, rows[row : row + 1], replace(chunk, masked=True))
+                if exact is not None:
+                    lse[row] = exact
+        out = out.to(call.v.dtype)
+    return out[:kept], lse[:kept] if call.return_lse and lse is not None else None
+
+
+def _attend_pieces(
+    call: Call, work: _Work, rows: torch.Tensor, chunk: Chunk
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attend the rows [r] of one chunk, piece by piece: out [r, h, Dv] and lse [r, h] or None."""
     split = chunk.piece < chunk.tokens
     out, lse = _attend(call, work, rows, 0, chunk.piece, chunk.masked, split)
     for begin in range(chunk.piece, chunk.tokens, chunk.piece):
@@ -227,7 +251,7 @@ def _attend_chunk(
         assert lse is not None
         assert part_lse is not None
         out, lse = _merge(out, lse, part, part_lse)
-    return out.to(call.v.dtype)[:kept], lse[:kept] if call.return_lse and lse is not None else None
+    return out.to(call.v.dtype), lse
 
 
 def _attend(
