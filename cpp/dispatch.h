@@ -1,6 +1,7 @@
 // dispatch.h - from checked tensors (pointers, sizes, strides) to the parameters of the two kernels. Pure host
 // arithmetic: the bindings and the host run of the kernel both come through here.
 #pragma once
+#include <cstddef>
 #include <cstdint>
 
 #include "params.h"
@@ -8,7 +9,7 @@
 
 namespace nsa_sel {
 
-// Fields of one width, so that other languages can mirror it. Strides in elements.
+// Members of one width, so that Python can pack one as bytes (src/nsa_sel/backends/_request.py). Strides in elements.
 struct DecodeRequest {
   const void* q;  // [B, S, G, h, Dk]
   const void* k;  // [B, G, S_kv, Dk]; paged: [P, G, page_size, Dk]
@@ -36,6 +37,65 @@ struct DecodeRequest {
   int64_t seq_lens_stride, table_stride, table_rows_stride;
   double scale;
 };
+
+// Name, offset and number of 64-bit values of each member, in order: Python compares its own list with this one.
+struct RequestField {
+  const char* name;
+  size_t offset, count;
+};
+inline constexpr RequestField kRequestFields[] = {
+#define NSA_SEL_FIELD(member) {#member, offsetof(DecodeRequest, member), sizeof(DecodeRequest::member) / 8}
+    NSA_SEL_FIELD(q),
+    NSA_SEL_FIELD(k),
+    NSA_SEL_FIELD(v),
+    NSA_SEL_FIELD(selection),
+    NSA_SEL_FIELD(counts),
+    NSA_SEL_FIELD(seq_lens),
+    NSA_SEL_FIELD(block_table),
+    NSA_SEL_FIELD(table_rows),
+    NSA_SEL_FIELD(out),
+    NSA_SEL_FIELD(lse),
+    NSA_SEL_FIELD(dtype),
+    NSA_SEL_FIELD(B),
+    NSA_SEL_FIELD(S),
+    NSA_SEL_FIELD(G),
+    NSA_SEL_FIELD(h),
+    NSA_SEL_FIELD(Dk),
+    NSA_SEL_FIELD(Dv),
+    NSA_SEL_FIELD(S_kv),
+    NSA_SEL_FIELD(n),
+    NSA_SEL_FIELD(page_size),
+    NSA_SEL_FIELD(num_pages),
+    NSA_SEL_FIELD(num_tables),
+    NSA_SEL_FIELD(block_size),
+    NSA_SEL_FIELD(index_is_64),
+    NSA_SEL_FIELD(causal),
+    NSA_SEL_FIELD(max_selected),
+    NSA_SEL_FIELD(batch_invariant),
+    NSA_SEL_FIELD(num_splits),
+    NSA_SEL_FIELD(loads),
+    NSA_SEL_FIELD(q_strides),
+    NSA_SEL_FIELD(k_strides),
+    NSA_SEL_FIELD(v_strides),
+    NSA_SEL_FIELD(out_strides),
+    NSA_SEL_FIELD(sel_strides),
+    NSA_SEL_FIELD(counts_strides),
+    NSA_SEL_FIELD(seq_lens_stride),
+    NSA_SEL_FIELD(table_stride),
+    NSA_SEL_FIELD(table_rows_stride),
+    NSA_SEL_FIELD(scale),
+#undef NSA_SEL_FIELD
+};
+
+constexpr bool fields_cover_the_request() {
+  size_t offset = 0;
+  for (const RequestField& field : kRequestFields) {
+    if (field.offset != offset) return false;
+    offset += 8 * field.count;
+  }
+  return offset == sizeof(DecodeRequest);
+}
+static_assert(fields_cover_the_request(), "every member of DecodeRequest stands in kRequestFields, in its place");
 
 struct DecodeLaunch {
   int instance;  // index into kInstances

@@ -1,10 +1,10 @@
 // bindings.cpp - the Python module nsa_sel._core: names, keyword arguments, GIL. What it binds lives in cpp/ and cuda/.
 #include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
-#include <array>
 #include <cstdint>
+#include <cstring>
 #include <string>
+#include <string_view>
 
 #include "dispatch.h"
 #include "instances.h"
@@ -82,6 +82,14 @@ py::dict plan_dict(const nsa_sel::DecodePlan& plan) {
   return d;
 }
 
+py::list request_fields() {
+  py::list fields;
+  for (const nsa_sel::RequestField& field : nsa_sel::kRequestFields) {
+    fields.append(py::make_tuple(field.name, field.count));
+  }
+  return fields;
+}
+
 nsa_sel::Loads loads_by_name(const std::string& name) {
   if (name == "cp.async") return nsa_sel::Loads::kCpAsync;
   if (name == "bulk") return nsa_sel::Loads::kBulk;
@@ -111,6 +119,7 @@ py::dict tile_shape(int Dk, int Dv, int head_tile, const std::string& loads) {
 PYBIND11_MODULE(_core, m) {
   m.doc() = "Compiled part of nsa_sel: launch planning and, where built with them, the CUDA kernels.";
   m.def("build_info", &build_info, "What this build holds: kernels, architectures, instances, CUDA version.");
+  m.def("request_fields", &request_fields, "(name, number of 64-bit values) of each member of a DecodeRequest.");
   m.def("tile_shape", &tile_shape, "Compile-time numbers of an instance.", py::arg("Dk"), py::arg("Dv"),
         py::arg("head_tile"), py::arg("loads") = "cp.async");
   m.def("bytes_in_flight_needed", &nsa_sel::bytes_in_flight_needed, "Bytes that one SM must have in flight.",
@@ -127,48 +136,18 @@ PYBIND11_MODULE(_core, m) {
       .def_readonly("smem_per_sm", &DeviceLimits::smem_per_sm);
 
   py::class_<DecodeLaunch>(m, "DecodeLaunch", "One planned launch; run() puts it on a stream.")
-      .def(py::init([](const DeviceLimits& device, int dtype, std::array<int64_t, 8> shape,
-                       std::array<std::uintptr_t, 8> pointers, std::array<int64_t, 4> q_strides,
-                       std::array<int64_t, 3> k_strides, std::array<int64_t, 3> v_strides,
-                       std::array<int64_t, 4> out_strides, std::array<int64_t, 4> sel_strides,
-                       std::array<int64_t, 2> list_strides, std::array<int64_t, 2> pages, int64_t block_size,
-                       bool index_is_64, bool causal, double scale, int64_t max_selected, bool batch_invariant,
-                       int64_t num_splits, const std::string& loads, std::uintptr_t counts,
-                       std::array<int64_t, 3> counts_strides, std::uintptr_t table_rows, int64_t table_rows_stride,
-                       int64_t num_tables) {
-             DecodeRequest r{};
-             r.q = pointer<void>(pointers[0]), r.k = pointer<void>(pointers[1]), r.v = pointer<void>(pointers[2]);
-             r.selection = pointer<void>(pointers[3]);
-             r.seq_lens = pointer<int32_t>(pointers[4]), r.block_table = pointer<int32_t>(pointers[5]);
-             r.out = pointer<void>(pointers[6]), r.lse = pointer<float>(pointers[7]);
-             r.dtype = dtype;
-             r.B = shape[0], r.S = shape[1], r.G = shape[2], r.h = shape[3];
-             r.Dk = shape[4], r.Dv = shape[5], r.S_kv = shape[6], r.n = shape[7];
-             std::copy(q_strides.begin(), q_strides.end(), r.q_strides);
-             std::copy(k_strides.begin(), k_strides.end(), r.k_strides);
-             std::copy(v_strides.begin(), v_strides.end(), r.v_strides);
-             std::copy(out_strides.begin(), out_strides.end(), r.out_strides);
-             std::copy(sel_strides.begin(), sel_strides.end(), r.sel_strides);
-             r.seq_lens_stride = list_strides[0], r.table_stride = list_strides[1];
-             r.page_size = pages[0], r.num_pages = pages[1], r.num_tables = num_tables;
-             r.counts = pointer<int32_t>(counts), r.table_rows = pointer<int32_t>(table_rows);
-             std::copy(counts_strides.begin(), counts_strides.end(), r.counts_strides);
-             r.table_rows_stride = table_rows_stride;
-             r.block_size = block_size, r.index_is_64 = index_is_64, r.causal = causal, r.scale = scale;
-             r.max_selected = max_selected, r.batch_invariant = batch_invariant, r.num_splits = num_splits;
-             r.loads = int64_t(loads_by_name(loads));
+      .def(py::init([](const py::bytes& request, const DeviceLimits& device) {
+             const std::string_view bytes = request;
+             if (bytes.size() != sizeof(DecodeRequest)) {
+               throw std::invalid_argument("request: expected " + std::to_string(sizeof(DecodeRequest)) +
+                                           " bytes, got " + std::to_string(bytes.size()));
+             }
+             DecodeRequest r;
+             std::memcpy(&r, bytes.data(), sizeof r);
              return nsa_sel::prepare_decode(r, device);
            }),
-           "Plans a call. pointers: q, k, v, selection, seq_lens or 0, block_table or 0, out, lse or 0; shape: B, S, "
-           "G, h,\n"
-           "Dk, Dv, S_kv, n; strides in elements. Raises ValueError where no instance or layout fits.",
-           py::kw_only(), py::arg("device"), py::arg("dtype"), py::arg("shape"), py::arg("pointers"),
-           py::arg("q_strides"), py::arg("k_strides"), py::arg("v_strides"), py::arg("out_strides"),
-           py::arg("sel_strides"), py::arg("list_strides"), py::arg("pages"), py::arg("block_size"),
-           py::arg("index_is_64"), py::arg("causal"), py::arg("scale"), py::arg("max_selected"),
-           py::arg("batch_invariant"), py::arg("num_splits"), py::arg("loads") = "cp.async", py::arg("counts") = 0,
-           py::arg("counts_strides") = std::array<int64_t, 3>{}, py::arg("table_rows") = 0,
-           py::arg("table_rows_stride") = 0, py::arg("num_tables") = 0)
+           "Plans a call from the bytes of its DecodeRequest. Raises ValueError where no instance or layout fits.",
+           py::arg("request"), py::arg("device"))
       .def_property_readonly("workspace_floats",
                              [](const DecodeLaunch& launch) { return launch.plan.workspace_floats; })
       .def_property_readonly("plan", [](const DecodeLaunch& launch) { return plan_dict(launch.plan); })

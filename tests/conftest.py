@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import nsa_sel
-from nsa_sel import api
+from nsa_sel import execute
 
 # Triton reads this when it is first imported. Without a GPU its kernels are interpreted on the CPU.
 if not torch.cuda.is_available():
@@ -30,8 +30,8 @@ def clean_routing(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.Temp
     for name in _SWITCHES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.getbasetemp() / "no-configuration"))
-    monkeypatch.setattr(api, "_refused", frozenset())
-    monkeypatch.setattr(api, "_warned_no_kernels", False)
+    monkeypatch.setattr(execute, "_refused", frozenset())
+    monkeypatch.setattr(execute, "_warned_no_kernels", False)
     nsa_sel.refresh_routing()
     nsa_sel.reset_stats()
 

@@ -10,7 +10,7 @@ torch.Size([1, 1, 4, 16, 128])
 
 from nsa_sel import distributed
 from nsa_sel._build import __version__, build_info
-from nsa_sel.api import explain, refresh_routing, selection_attention
+from nsa_sel.api import explain, selection_attention
 from nsa_sel.errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -21,6 +21,7 @@ from nsa_sel.errors import (
     PolicyError,
     SwitchError,
 )
+from nsa_sel.execute import refresh_routing
 from nsa_sel.merge import merge_states
 from nsa_sel.ranges import blocks_to_ranges, merge_ranges
 from nsa_sel.routing import Decision

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from nsa_sel.errors import BackendError
-from nsa_sel.routing import BuildInfo, DeviceInfo, Instance
 
 core: ModuleType | None
 _reason: str | None = None
@@ -28,6 +28,55 @@ try:
     __version__ = importlib.metadata.version("nsa-sel")
 except importlib.metadata.PackageNotFoundError:  # imported from a source tree that was never installed
     __version__ = "0+source"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceInfo:
+    """The GPU that holds the tensors."""
+
+    name: str  # as the driver reports it; the key of a policy
+    capability: tuple[int, int]
+    sm_count: int = 0
+
+
+class Instance(NamedTuple):
+    """One compiled kernel."""
+
+    name: str
+    dtype: str
+    Dk: int
+    Dv: int
+    head_tile: int = 0  # query heads that it handles at once
+
+
+@dataclass(frozen=True)
+class BuildInfo:
+    """What this build holds."""
+
+    kernels: bool
+    reason: str | None = None  # why there are no kernels
+    instances: tuple[Instance, ...] = ()
+    architectures: tuple[int, ...] = ()  # as 90; PTX of the last serves what is newer; empty: not looked at
+
+    @functools.cached_property
+    def _by_dims(self) -> dict[tuple[str, int, int], list[Instance]]:
+        found: dict[tuple[str, int, int], list[Instance]] = {}
+        for instance in sorted(self.instances, key=lambda instance: instance.head_tile):
+            found.setdefault((instance.dtype, instance.Dk, instance.Dv), []).append(instance)
+        return found
+
+    def instance_for(self, dtype: str, Dk: int, Dv: int, h: int) -> Instance | None:
+        """Return the instance for these dims: that of the smallest head tile that holds h heads."""
+        for instance in self._by_dims.get((dtype, Dk, Dv), ()):
+            if instance.head_tile >= h:
+                return instance
+        return None
+
+    def runs_on(self, capability: tuple[int, int]) -> bool:
+        """Whether the build holds machine code, or PTX, for a device of this compute capability."""
+        wanted = capability[0] * 10 + capability[1]
+        same_major = any(a // 10 == capability[0] and a <= wanted for a in self.architectures)
+        return not self.architectures or same_major or max(self.architectures) <= wanted
 
 
 @functools.cache
@@ -70,8 +119,11 @@ def routing_build() -> BuildInfo:
     return BuildInfo(
         kernels=bool(info["kernels"]),
         reason=info["reason"],
+        # bulk copies are an experiment, chosen by name only
         instances=tuple(
-            Instance(i["name"], i["dtype"], i["Dk"], i["Dv"], i.get("head_tile", 0)) for i in info["instances"]
+            Instance(i["name"], i["dtype"], i["Dk"], i["Dv"], i["head_tile"])
+            for i in info["instances"]
+            if i["loads"] != "bulk"
         ),
         architectures=tuple(int(a) for a in info["architectures"]),
     )

@@ -16,32 +16,11 @@ class DecodeLaunch:
 
     workspace_floats: int
     plan: dict[str, Any]
-    def __init__(
-        self,
-        *,
-        device: DeviceLimits,
-        dtype: int,
-        shape: tuple[int, ...],
-        pointers: tuple[int, ...],
-        q_strides: tuple[int, ...],
-        k_strides: tuple[int, ...],
-        v_strides: tuple[int, ...],
-        out_strides: tuple[int, ...],
-        sel_strides: tuple[int, ...],
-        list_strides: tuple[int, ...],
-        pages: tuple[int, int],
-        block_size: int,
-        index_is_64: bool,
-        causal: bool,
-        scale: float,
-        max_selected: int,
-        batch_invariant: bool,
-        num_splits: int,
-        loads: str = ...,
-    ) -> None: ...
+    def __init__(self, request: bytes, device: DeviceLimits) -> None: ...
     def run(self, workspace: int, device: int, stream: int) -> int: ...
 
 def build_info() -> dict[str, Any]: ...
+def request_fields() -> list[tuple[str, int]]: ...
 def tile_shape(Dk: int, Dv: int, head_tile: int, loads: str = "cp.async") -> dict[str, int]: ...
 def bytes_in_flight_needed(capability: int) -> int: ...
 def driver_bar() -> str | None: ...

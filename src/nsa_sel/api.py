@@ -1,24 +1,18 @@
-"""The public function: check the arguments, decide on a backend, run it, count it."""
+"""The public function and the one that says what it would do."""
 
 from __future__ import annotations
 
-import threading
-import warnings
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec
 
 import torch
 
-from nsa_sel import _build, backends, debug, ops, stats, switches
-from nsa_sel import policy as policies
-from nsa_sel.errors import KernelLaunchError, PlanError
-from nsa_sel.problem import Call, Problem
-from nsa_sel.routing import Decision, decide
-from nsa_sel.validation import check
+from nsa_sel import execute, ops
+from nsa_sel.check import check
+from nsa_sel.routing import Decision
 
-_lock = threading.Lock()
-_refused: frozenset[tuple[int, str]] = frozenset()
-_policy: policies.Policy | None = None
-_policy_read = False
-_warned_no_kernels = False
+Arguments = ParamSpec("Arguments")
 
 
 def selection_attention(
@@ -83,159 +77,35 @@ def selection_attention(
         AutogradError, BackendError, KernelLaunchError: the call cannot run as asked for (RuntimeErrors).
         SwitchError, PolicyError: an environment variable or the policy file is wrong (ValueErrors).
     """
-    if torch.compiler.is_compiling():
-        compiled = ops.call(
-            q, k, v, ranges, block_indices, block_size, seq_lens, block_table,
-            causal, max_selected, softmax_scale, return_lse, batch_invariant, out, backend,
-        )  # fmt: skip
-        return compiled if return_lse else compiled[0]
-    call = check(
-        q, k, v, ranges,
+    attend = ops.attend if torch.compiler.is_compiling() else execute.attend
+    return attend(
+        backend, q, k, v, ranges,
         block_indices=block_indices, block_size=block_size, seq_lens=seq_lens, block_table=block_table,
         causal=causal, max_selected=max_selected, softmax_scale=softmax_scale, return_lse=return_lse,
         batch_invariant=batch_invariant, out=out,
     )  # fmt: skip
-    result, lse = run(call, backend)
-    if return_lse:
-        assert lse is not None
-        return result, lse
-    return result
 
 
-def explain(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    ranges: torch.Tensor | None = None,
-    *,
-    block_indices: torch.Tensor | None = None,
-    block_size: int | None = None,
-    seq_lens: torch.Tensor | None = None,
-    block_table: torch.Tensor | None = None,
-    causal: bool = True,
-    max_selected: int | None = None,
-    softmax_scale: float | None = None,
-    return_lse: bool = False,
-    batch_invariant: bool = False,
-    out: torch.Tensor | None = None,
-    backend: str = "auto",
-) -> Decision:
+def _with_arguments_of(
+    function: Callable[Arguments, Any],
+) -> Callable[[Callable[..., Decision]], Callable[Arguments, Decision]]:
+    """Give a function that forwards whatever it gets the signature of the function that it forwards for."""
+
+    def decorate(forwarding: Callable[..., Decision]) -> Callable[Arguments, Decision]:
+        forwarding.__signature__ = inspect.signature(function).replace(  # type: ignore[attr-defined]
+            return_annotation="Decision"
+        )
+        return forwarding
+
+    return decorate
+
+
+@_with_arguments_of(selection_attention)
+def explain(*arguments: Any, backend: str = "auto", **keywords: Any) -> Decision:
     """Check the arguments of `selection_attention` and say which backend it would run and why; runs nothing.
 
     >>> q, k = torch.zeros(1, 1, 1, 4, 64), torch.zeros(1, 1, 100, 64)
     >>> explain(q, k, k, torch.tensor([[[[[0, 16]]]]]), backend="sdpa")
     Decision(backend='sdpa', reason="backend='sdpa'")
     """
-    call = check(
-        q, k, v, ranges,
-        block_indices=block_indices, block_size=block_size, seq_lens=seq_lens, block_table=block_table,
-        causal=causal, max_selected=max_selected, softmax_scale=softmax_scale, return_lse=return_lse,
-        batch_invariant=batch_invariant, out=out,
-    )  # fmt: skip
-    return route(call.problem, backend)
-
-
-def route(problem: Problem, backend: str = "auto") -> Decision:
-    """Decide on this machine, with this build, the policy and the switches as first read."""
-    current = switches.current()
-    on_cuda = problem.device_type == "cuda"
-    cuda, triton = backends.find("cuda"), backends.find("triton")
-    return decide(
-        problem,
-        _build.device_info(problem.device_index) if on_cuda else None,
-        _build.routing_build(),
-        _read_policy() if on_cuda else None,
-        current,
-        _refused,
-        backend,
-        cuda_limit=cuda.unavailable if cuda is not None else None,
-        triton_limit=triton.unavailable if triton is not None else None,
-    )
-
-
-def run(call: Call, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run a checked call on the backend that `route` chooses, and count it once it has run."""
-    decision = route(call.problem, backend)
-    if backend == "auto" and call.problem.device_type == "cuda":
-        _warn_once_without_kernels()
-    while True:
-        try:
-            result = _run_on(decision, call)
-            break
-        except PlanError as error:
-            if backend != "auto":
-                raise
-            decision = Decision("sdpa", f"no launch of the kernel fits: {error}")
-        except KernelLaunchError as error:
-            if backend != "auto" or decision.backend == "sdpa":
-                raise
-            if decision.backend == "cuda":
-                _remember_refusal(call.problem, error)
-                decision = route(call.problem, backend)  # without the kernel that was refused
-            else:
-                decision = Decision("sdpa", f"{decision.backend} was refused at launch: {error}")
-    stats.count(decision.backend, decision.reason)
-    return result
-
-
-def _run_on(decision: Decision, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
-    backend_run = backends.get(decision.backend).run
-    if switches.current().debug:
-        return debug.observed(backend_run, call, decision)
-    return backend_run(call)
-
-
-def refresh_routing() -> None:
-    """Read the switches (NSA_SEL_*) and the policy again; they are otherwise read once, by the first call.
-
-    Raises:
-        SwitchError: a switch holds an unknown value.
-        PolicyError: the policy file is missing where NSA_SEL_POLICY names one, or is wrong.
-    """
-    global _policy_read
-    _policy_read = False
-    switches.refresh()
-    _read_policy()
-
-
-def _read_policy() -> policies.Policy | None:
-    global _policy, _policy_read
-    if not _policy_read:
-        named, users = switches.current().policy, policies.user_path()
-        # a file that was named must be there, the user's own need not
-        wanted = named or (users if users.exists() else None)
-        _policy = None if wanted is None else policies.load(wanted)
-        _policy_read = True
-    return _policy
-
-
-def _warn_once_without_kernels() -> None:
-    global _warned_no_kernels
-    build = _build.routing_build()
-    if build.kernels or _warned_no_kernels:
-        return
-    with _lock:
-        first, _warned_no_kernels = not _warned_no_kernels, True
-    if first:
-        warnings.warn(
-            f"nsa_sel: CUDA tensors, but this build has no kernels ({build.reason}); packed SDPA runs instead",
-            RuntimeWarning,
-            stacklevel=4,
-        )
-
-
-def _remember_refusal(problem: Problem, error: KernelLaunchError) -> None:
-    """Never try this kernel on this device again, and say so once."""
-    global _refused
-    instance = _build.routing_build().instance_for(problem)
-    assert instance is not None  # routing chose cuda, so there is one
-    with _lock:
-        first = (problem.device_index, instance.name) not in _refused
-        _refused = _refused | {(problem.device_index, instance.name)}
-    if first:
-        warnings.warn(
-            f"nsa_sel: kernel {instance.name} was refused at launch on device {problem.device_index} ({error}); "
-            "packed SDPA runs instead from now on",
-            RuntimeWarning,
-            stacklevel=4,
-        )
+    return execute.route(check(*arguments, **keywords), backend)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from nsa_sel import switches
-from nsa_sel.problem import Call
+from nsa_sel.call import Call
 from nsa_sel.reference import selection_attention_reference
 from nsa_sel.routing import Decision
 
@@ -56,7 +56,7 @@ def _compare(call: Call, result: Result, decision: Decision) -> None:
         call.v,
         call.ranges,
         block_indices=call.block_indices,
-        block_size=call.block_size,
+        block_size=call.block_size or None,
         seq_lens=call.seq_lens,
         block_table=call.block_table,
         causal=call.causal,
@@ -93,14 +93,14 @@ def _make_visible() -> None:
 
 def _sampled(call: Call) -> list[tuple[int, int, int]]:
     """Return up to SAMPLED_ROWS rows (b, s, g), spread evenly over the call: the first and the last among them."""
-    p = call.problem
+    p = call
     count = min(p.rows, SAMPLED_ROWS)
     numbers = sorted({round(i * (p.rows - 1) / max(1, count - 1)) for i in range(count)})
     return [(row // (p.S * p.G), row // p.G % p.S, row % p.G) for row in numbers]
 
 
 def _shape(call: Call) -> str:
-    p = call.problem
+    p = call
     bound = "unknown" if p.max_selected is None else p.max_selected
     return f"B={p.B} S={p.S} G={p.G} h={p.h} Dk={p.Dk} Dv={p.Dv} S_kv={p.S_kv} n={p.n} {p.dtype} L bound {bound}"
 

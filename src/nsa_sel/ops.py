@@ -5,23 +5,33 @@ Eager calls never come here: the dispatcher costs several microseconds that a de
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
 from torch.autograd import forward_ad
 
+from nsa_sel import execute
 from nsa_sel.backends import sdpa
+from nsa_sel.call import Call
+from nsa_sel.check import check
 from nsa_sel.errors import AutogradError
-from nsa_sel.problem import Call
-from nsa_sel.validation import check
 
-_ARGUMENTS = (
-    "Tensor q, Tensor k, Tensor v, Tensor? ranges, Tensor? block_indices, SymInt? block_size, Tensor? seq_lens, "
-    "Tensor? block_table, bool causal, SymInt? max_selected, float? softmax_scale, bool return_lse, "
-    "bool batch_invariant, str backend, bool requires_grad"
+_TYPES = {
+    "torch.Tensor": "Tensor",
+    "torch.Tensor | None": "Tensor?",
+    "int | None": "SymInt?",
+    "float | None": "float?",
+    "bool": "bool",
+}
+# The operator takes the arguments of `check` one by one: all but out, which is copied to, then these two.
+_PARAMETERS = {name: p for name, p in inspect.signature(check).parameters.items() if name != "out"}
+_NAMES = (*_PARAMETERS, "backend", "requires_grad")
+_ARGUMENTS = ", ".join(
+    [f"{_TYPES[p.annotation]} {name}" for name, p in _PARAMETERS.items()] + ["str backend", "bool requires_grad"]
 )
-_LSE = 11  # place of return_lse among the arguments
-_TENSORS = (0, 1, 2, 3, 4, 6, 7)  # places of the tensors
+_LSE = _NAMES.index("return_lse")
+_TENSORS = tuple(i for i, p in enumerate(_PARAMETERS.values()) if _TYPES[p.annotation].startswith("Tensor"))
 
 _library = torch.library.Library("nsa_sel", "DEF")
 _library.define(f"selection_attention({_ARGUMENTS}) -> (Tensor out, Tensor lse)", tags=(torch.Tag.pt2_compliant_tag,))
@@ -31,55 +41,33 @@ _library.define(
 )
 
 
-def call(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    ranges: torch.Tensor | None,
-    block_indices: torch.Tensor | None,
-    block_size: int | None,
-    seq_lens: torch.Tensor | None,
-    block_table: torch.Tensor | None,
-    causal: bool,
-    max_selected: int | None,
-    softmax_scale: float | None,
-    return_lse: bool,
-    batch_invariant: bool,
-    out: torch.Tensor | None,
-    backend: str,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Call the operator as `selection_attention` does under torch.compile; lse is empty unless asked for."""
+def attend(backend: str, /, *arguments: Any, **keywords: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Call the operator with the arguments of `selection_attention`; out, and with `return_lse` (out, lse)."""
+    given = dict(zip(_PARAMETERS, arguments, strict=False)) | keywords
+    out = given.pop("out", None)
+    values = [given.get(name, p.default) for name, p in _PARAMETERS.items()]
+    q, k, v = values[:3]
     # below autograd, where the operator runs, tensors no longer tell whether gradients will be asked of them
     requires_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if out is not None and requires_grad:
         raise AutogradError("out: expected no gradients to be required (out= has none), got requires_grad=True")
-    result, lse = torch.ops.nsa_sel.selection_attention.default(
-        q, k, v, ranges, block_indices, block_size, seq_lens, block_table,
-        causal, max_selected, softmax_scale, return_lse, batch_invariant, backend, requires_grad,
-    )  # fmt: skip
-    return (result if out is None else out.copy_(result)), lse
+    result, lse = torch.ops.nsa_sel.selection_attention.default(*values, backend, requires_grad)
+    if out is not None:
+        result = out.copy_(result)
+    return (result, lse) if values[_LSE] else result
 
 
 def _check(arguments: tuple[Any, ...]) -> tuple[Call, str]:
-    """Check the operator's arguments; the problem says that gradients are required if it was called so."""
-    (q, k, v, ranges, block_indices, block_size, seq_lens, block_table, causal, max_selected, softmax_scale,
-     return_lse, batch_invariant, backend, requires_grad) = arguments  # fmt: skip
-    checked = check(
-        q, k, v, ranges,
-        block_indices=block_indices, block_size=block_size, seq_lens=seq_lens, block_table=block_table,
-        causal=causal, max_selected=max_selected, softmax_scale=softmax_scale, return_lse=return_lse,
-        batch_invariant=batch_invariant,
-    )  # fmt: skip
-    checked.problem = checked.problem._replace(requires_grad=requires_grad)
-    return checked, backend
+    """Check the operator's arguments; the call says that gradients are required if the operator was told so."""
+    *given, backend, requires_grad = arguments
+    call = check(**dict(zip(_PARAMETERS, given, strict=True)))
+    call.requires_grad = requires_grad
+    return call, backend
 
 
 def _forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    from nsa_sel import api  # api imports this module
-
     with torch.no_grad():
-        checked, backend = _check(arguments)
-        out, lse = api.run(checked, backend)
+        out, lse = execute.run(*_check(arguments))
     return out, _no_lse(out) if lse is None else lse
 
 

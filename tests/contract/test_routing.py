@@ -9,10 +9,13 @@ import pytest
 import torch
 
 import nsa_sel
-from nsa_sel import switches
+from nsa_sel import _build, execute, switches
+from nsa_sel._build import BuildInfo, DeviceInfo, Instance
+from nsa_sel.backends import cuda
+from nsa_sel.call import Call
+from nsa_sel.check import check
 from nsa_sel.policy import Policy, Rule
-from nsa_sel.problem import Problem
-from nsa_sel.routing import BuildInfo, Decision, DeviceInfo, Instance, decide
+from nsa_sel.routing import Decision, decide
 from nsa_sel.switches import Switches
 
 H200 = DeviceInfo("NVIDIA H200", (9, 0), 132)
@@ -21,24 +24,36 @@ TURING = DeviceInfo("Tesla T4", (7, 5), 40)
 INSTANCES = tuple(Instance(f"bf16_128x128_h{tile}", "bfloat16", 128, 128, tile) for tile in (8, 16, 32))
 BUILD = BuildInfo(True, None, INSTANCES, (80, 86, 89, 90))
 NO_KERNELS = BuildInfo(False, "no CUDA compiler was found")
-PROBLEM = Problem(4, 1, 2, 16, 128, 128, 4096, 8, "bfloat16", "cuda", max_selected=512)
 ON = Policy({"NVIDIA H200": {"cuda": Rule(True, 256)}, "NVIDIA L4": {"cuda": Rule(True)}})
 OFF = Policy({"NVIDIA H200": {"cuda": Rule(False)}, "NVIDIA L4": {"cuda": Rule(False)}})
-REFUSED = frozenset({(0, "bf16_128x128_h16")})
-TRITON = {"triton_limit": lambda problem: None}
+REFUSED = "kernel bf16_128x128_h16 was refused at launch on this device before"
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def kernel_call(**changes: Any) -> Call:
+    """A call that the kernels of BUILD take, as if its tensors lay on a GPU; some of what it says changed."""
+    call = check(
+        meta(4, 1, 2, 16, 128), meta(4, 2, 4096, 128), meta(4, 2, 4096, 128), meta(4, 1, 2, 8, 2, dtype=torch.int32),
+        max_selected=512,
+    )  # fmt: skip
+    return replace(call, **({"device_type": "cuda"} | changes))
 
 
 def choose(
-    problem: Problem = PROBLEM,
+    call: Call | None = None,
     device: DeviceInfo | None = H200,
-    build: BuildInfo = BUILD,
     policy: Policy | None = None,
     environ: dict[str, str] | None = None,
-    refused: frozenset[tuple[int, str]] = frozenset(),
+    refused: str | None = None,
     backend: str = "auto",
-    **limits: Any,
+    limits: dict[str, str] | None = None,
 ) -> Decision:
-    return decide(problem, device, build, policy, switches.parse(environ or {}), refused, backend, **limits)
+    """Decide; `limits` are the backends' own words on what they cannot take."""
+    switched = switches.parse(environ or {})
+    return decide(call or kernel_call(), device, policy, switched, (limits or {}).get, refused, backend)
 
 
 FORCED = {"NSA_SEL_CUDA": "1"}
@@ -46,27 +61,40 @@ FORCED = {"NSA_SEL_CUDA": "1"}
 
 @pytest.mark.parametrize("environ", [{}, FORCED], ids=["unset", "NSA_SEL_CUDA=1"])
 @pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"problem": PROBLEM._replace(device_type="cpu"), "device": None}, "tensors on cpu"),
-        ({"problem": PROBLEM._replace(dtype="float32")}, "no kernel takes float32"),
-        ({"problem": PROBLEM._replace(dtype="float64")}, "no kernel takes float64"),
-        ({"problem": PROBLEM._replace(requires_grad=True)}, "gradients required"),
-        ({"problem": PROBLEM._replace(Dk=80)}, "no kernel compiled for bfloat16 Dk=80 Dv=128 h=16"),
-        ({"problem": PROBLEM._replace(dtype="float16")}, "no kernel compiled for float16"),
-        ({"problem": PROBLEM._replace(h=65)}, "no kernel compiled for bfloat16 Dk=128 Dv=128 h=65"),
-        ({"device": TURING}, "no kernel compiled for compute capability 7.5"),
-        ({"build": NO_KERNELS}, "this build has no kernels: no CUDA compiler was found"),
-        ({"problem": PROBLEM._replace(misaligned="k: expected strides")}, "k: expected strides"),
-        ({"cuda_limit": lambda problem: "too many pages"}, "too many pages"),
-        ({"refused": REFUSED}, "kernel bf16_128x128_h16 was refused at launch on this device before"),
-    ],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ("changes", "reason"), [({"limits": {"cuda": "too many pages"}}, "too many pages"), ({"refused": REFUSED}, REFUSED)]
 )
 def test_where_the_kernel_cannot_run_sdpa_does(changes: dict[str, Any], reason: str, environ: dict[str, str]) -> None:
-    decision = choose(**changes, environ=environ, policy=ON)
-    assert decision.backend == "sdpa"
-    assert decision.reason.startswith(reason)
+    assert choose(**changes, environ=environ, policy=ON) == ("sdpa", reason)
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "build", "reason"),
+    [
+        ({}, H200, BUILD, None),
+        ({"device_type": "cpu"}, None, BUILD, "tensors on cpu"),
+        ({"device_type": "meta"}, None, BUILD, "tensors on meta"),
+        ({"dtype": "float32"}, H200, BUILD, "no kernel takes float32"),
+        ({"dtype": "float64"}, H200, BUILD, "no kernel takes float64"),
+        ({"requires_grad": True}, H200, BUILD, "gradients required"),
+        ({"Dk": 80}, H200, BUILD, "no kernel compiled for bfloat16 Dk=80 Dv=128 h=16"),
+        ({"dtype": "float16"}, H200, BUILD, "no kernel compiled for float16 Dk=128 Dv=128 h=16"),
+        ({"h": 33}, H200, BUILD, "no kernel compiled for bfloat16 Dk=128 Dv=128 h=33"),
+        ({}, TURING, BUILD, "no kernel compiled for compute capability 7.5"),
+        ({}, H200, NO_KERNELS, "this build has no kernels: no CUDA compiler was found"),
+        ({"k": meta(4, 2, 4096, 132)[..., :128]}, H200, BUILD, "k: expected strides of multiples of 16 bytes"),
+        ({"S_kv": 2**31}, H200, BUILD, "S_kv is 2147483648, the kernel takes up to 2147483584"),
+        ({"n": 2**31 - 63}, H200, BUILD, "n is 2147483585, the kernel takes up to 2147483584"),
+        ({"num_pages": 2**40}, H200, BUILD, "num_pages is 1099511627776, the kernel takes"),
+        ({"num_tables": 2**40}, H200, BUILD, "num_tables is 1099511627776, the kernel takes"),
+    ],
+)
+def test_the_kernel_says_what_it_cannot_take(
+    changes: dict[str, Any], device: DeviceInfo | None, build: BuildInfo, reason: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(_build, "routing_build", lambda: build)
+    found = cuda.limits(kernel_call(**changes), device)
+    assert found == reason or (reason is not None and found is not None and found.startswith(reason))
 
 
 @pytest.mark.parametrize("policy", [None, ON, OFF])
@@ -85,9 +113,17 @@ def test_cuda_switch_on_wins_over_policy_and_compute_capability(policy: Policy |
     assert choose(policy=policy, device=device, environ=FORCED) == ("cuda", "NSA_SEL_CUDA=1")
 
 
-@pytest.mark.parametrize("refused", [{(1, "bf16_128x128_h16")}, {(0, "bf16_128x128_h8")}])
-def test_a_refusal_concerns_one_device_and_one_instance(refused: set[tuple[int, str]]) -> None:
-    assert choose(refused=frozenset(refused)).backend == "cuda"
+@pytest.mark.parametrize(
+    ("refused", "runs"),
+    [({(1, "bf16_128x128_h16")}, "cuda"), ({(0, "bf16_128x128_h8")}, "cuda"), ({(0, "bf16_128x128_h16")}, "sdpa")],
+)
+def test_a_refusal_concerns_one_device_and_one_instance(
+    refused: set[tuple[int, str]], runs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_build, "routing_build", lambda: BUILD)
+    monkeypatch.setattr(_build, "device_info", lambda index: H200)
+    monkeypatch.setattr(execute, "_refused", frozenset(refused))
+    assert execute.route(kernel_call()).backend == runs
 
 
 @pytest.mark.parametrize(
@@ -103,7 +139,7 @@ def test_a_refusal_concerns_one_device_and_one_instance(refused: set[tuple[int, 
     ],
 )
 def test_policy(policy: Policy | None, bound: int | None, expected: Decision) -> None:
-    assert choose(PROBLEM._replace(max_selected=bound), policy=policy) == expected
+    assert choose(kernel_call(max_selected=bound), policy=policy) == expected
 
 
 @pytest.mark.parametrize(
@@ -120,7 +156,8 @@ def test_ada_is_off_until_measured(policy: Policy | None, expected: Decision) ->
 
 
 TRITON_ON = {"NSA_SEL_TRITON": "1"}
-LONG = PROBLEM._replace(max_selected=4096, Dk=80)  # no kernel for it
+BARRED = {"cuda": "dims"}
+FREE: dict[str, str] = {}
 
 
 @pytest.mark.parametrize(
@@ -129,15 +166,12 @@ LONG = PROBLEM._replace(max_selected=4096, Dk=80)  # no kernel for it
         ({"environ": TRITON_ON}, "triton"),
         ({"environ": {}}, "sdpa"),
         ({"environ": {"NSA_SEL_TRITON": "0"}}, "sdpa"),
-        ({"environ": TRITON_ON, "problem": LONG._replace(Dk=128)}, "cuda"),  # only where cuda cannot run
-        ({"environ": TRITON_ON, "problem": LONG._replace(Dk=128), "policy": OFF}, "sdpa"),
-        ({"environ": TRITON_ON | {"NSA_SEL_CUDA": "0"}, "problem": LONG._replace(Dk=128)}, "triton"),
-        ({"environ": TRITON_ON, "problem": LONG._replace(max_selected=4095)}, "sdpa"),
-        ({"environ": TRITON_ON, "problem": LONG._replace(max_selected=None)}, "sdpa"),
-        (
-            {"environ": TRITON_ON | {"NSA_SEL_TRITON_MIN_L": "100"}, "problem": LONG._replace(max_selected=100)},
-            "triton",
-        ),
+        ({"environ": TRITON_ON, "limits": FREE}, "cuda"),  # only where cuda cannot run
+        ({"environ": TRITON_ON, "limits": FREE, "policy": OFF}, "sdpa"),
+        ({"environ": TRITON_ON | {"NSA_SEL_CUDA": "0"}, "limits": FREE}, "triton"),
+        ({"environ": TRITON_ON, "bound": 4095}, "sdpa"),
+        ({"environ": TRITON_ON, "bound": None}, "sdpa"),
+        ({"environ": TRITON_ON | {"NSA_SEL_TRITON_MIN_L": "100"}, "bound": 100}, "triton"),
         ({"environ": TRITON_ON | {"NSA_SEL_TRITON_MIN_L": "4097"}}, "sdpa"),
         ({"environ": TRITON_ON, "device": ADA}, "sdpa"),
         ({"environ": TRITON_ON | {"NSA_SEL_TRITON_FORCE": "1"}, "device": ADA}, "triton"),
@@ -145,26 +179,22 @@ LONG = PROBLEM._replace(max_selected=4096, Dk=80)  # no kernel for it
         ({"environ": {"NSA_SEL_TRITON_FORCE": "1"}, "device": ADA}, "sdpa"),
         ({"environ": TRITON_ON, "policy": Policy({"NVIDIA H200": {"triton": Rule(False)}})}, "sdpa"),
         ({"environ": TRITON_ON, "policy": Policy({"NVIDIA H200": {"triton": Rule(True, 5000)}})}, "sdpa"),
-        ({"environ": TRITON_ON, "problem": LONG._replace(device_type="cpu"), "device": None}, "sdpa"),
-        ({"environ": TRITON_ON, "triton_limit": None}, "sdpa"),
-        ({"environ": TRITON_ON, "triton_limit": lambda problem: "paged"}, "sdpa"),
+        ({"environ": TRITON_ON, "device": None}, "sdpa"),
+        ({"environ": TRITON_ON, "limits": BARRED | {"triton": "dims too"}}, "sdpa"),
     ],
 )
 def test_triton_only_when_asked_for(changes: dict[str, Any], expected: str) -> None:
-    assert choose(**({"problem": LONG} | TRITON | changes)).backend == expected
+    given = {"limits": BARRED, "bound": 4096} | changes
+    assert choose(kernel_call(max_selected=given.pop("bound")), **given).backend == expected
 
 
 @pytest.mark.parametrize(
     ("backend", "changes", "text"),
     [
         ("cuda", {"environ": {"NSA_SEL_CUDA": "0"}}, "NSA_SEL_CUDA=0 forbids it"),
-        ("cuda", {"problem": PROBLEM._replace(device_type="cpu"), "device": None}, "tensors on cpu"),
-        ("cuda", {"problem": PROBLEM._replace(requires_grad=True)}, "gradients required"),
-        ("cuda", {"problem": PROBLEM._replace(misaligned="v: expected strides of")}, "v: expected strides of"),
-        ("cuda", {"build": NO_KERNELS}, "no CUDA compiler was found"),
-        ("triton", {}, "this build has no Triton backend"),
-        ("triton", {"environ": {"NSA_SEL_TRITON": "0"}} | TRITON, "NSA_SEL_TRITON=0 forbids it"),
-        ("triton", {"triton_limit": lambda problem: "paged caches"}, "paged caches"),
+        ("cuda", {"limits": {"cuda": "v: expected strides of"}}, "v: expected strides of"),
+        ("triton", {"environ": {"NSA_SEL_TRITON": "0"}}, "NSA_SEL_TRITON=0 forbids it"),
+        ("triton", {"limits": {"triton": "paged caches"}}, "paged caches"),
     ],
 )
 def test_a_forced_backend_that_cannot_run_says_why(backend: str, changes: dict[str, Any], text: str) -> None:
@@ -178,7 +208,7 @@ def test_a_forced_backend_that_cannot_run_says_why(backend: str, changes: dict[s
         ("cuda", {"device": ADA}),
         ("cuda", {"policy": OFF}),
         ("cuda", {"refused": REFUSED}),
-        ("triton", TRITON),
+        ("triton", {"limits": BARRED}),
         ("sdpa", {"environ": FORCED}),
     ],
 )
@@ -186,9 +216,9 @@ def test_a_forced_backend_runs_against_policy(backend: str, changes: dict[str, A
     assert choose(backend=backend, **changes) == (backend, f"backend='{backend}'")
 
 
-@pytest.mark.parametrize(("heads", "tile"), [(1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (33, 32), (64, 32)])
+@pytest.mark.parametrize(("heads", "tile"), [(1, 8), (8, 8), (9, 16), (16, 16), (17, 32), (32, 32)])
 def test_the_instance_is_the_smallest_that_holds_the_heads(heads: int, tile: int) -> None:
-    instance = BUILD.instance_for(PROBLEM._replace(h=heads))
+    instance = BUILD.instance_for("bfloat16", 128, 128, heads)
     assert instance is not None
     assert instance.head_tile == tile
 

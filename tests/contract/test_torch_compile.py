@@ -10,8 +10,8 @@ import torch
 from torch.autograd import forward_ad
 
 import nsa_sel
-from nsa_sel import api
-from nsa_sel.problem import Problem
+from nsa_sel import execute
+from nsa_sel.call import Call
 from nsa_sel.testing import Inputs
 from tests.cases import case
 
@@ -172,11 +172,11 @@ def test_routing_learns_that_gradients_are_required(gradients: bool, monkeypatch
     """The operator runs below autograd, where a kernel without gradients would look good enough."""
     seen: list[bool] = []
 
-    def route(problem: Problem, backend: str) -> nsa_sel.Decision:
-        seen.append(problem.requires_grad)
+    def route(call: Call, backend: str) -> nsa_sel.Decision:
+        seen.append(call.requires_grad)
         return nsa_sel.Decision("sdpa", "test")
 
-    monkeypatch.setattr(api, "route", route)
+    monkeypatch.setattr(execute, "route", route)
     arguments = differentiable(case("h4").inputs())
     with torch.set_grad_enabled(gradients):
         compiled(nsa_sel.selection_attention)(**arguments)

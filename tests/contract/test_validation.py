@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import nsa_sel
-from nsa_sel.validation import check, misalignment
+from nsa_sel.check import check
 
 
 def good(**changes: Any) -> dict[str, Any]:
@@ -160,20 +161,32 @@ def test_out_is_not_touched_where_gradients_are_off() -> None:
     assert not out.any()
 
 
-def test_the_problem_says_what_was_asked() -> None:
-    problem = check(
-        **paged(ranges=None, block_indices=torch.zeros(2, 1, 3, 5, dtype=torch.int64), block_size=8)
-    ).problem
-    assert problem[:8] == (2, 1, 3, 4, 16, 8, 32, 5)
-    assert (problem.dtype, problem.device_type, problem.index_bits) == ("float32", "cpu", 64)
-    assert (problem.paged, problem.page_size, problem.num_pages) == (True, 8, 7)
-    assert (problem.blocks, problem.block_size, problem.max_selected) == (True, 8, 40)
-    assert problem.rows == 6
-    assert check(**good()).problem.max_selected is None
-    assert check(**good(max_selected=7)).max_selected == 7
-    assert check(**blocks(block_size=1000)).max_selected == 5 * 32, "a block holds no more than the cache"
+def test_the_call_says_what_was_asked() -> None:
+    call = check(**paged(ranges=None, block_indices=torch.zeros(2, 1, 3, 5, dtype=torch.int64), block_size=8))
+    assert (call.B, call.S, call.G, call.h, call.Dk, call.Dv, call.S_kv, call.n) == (2, 1, 3, 4, 16, 8, 32, 5)
+    assert (call.dtype, call.device_type, call.rows) == ("float32", "cpu", 6)
+    assert (call.paged, call.page_size, call.num_pages) == (True, 8, 7)
+    assert call.selection is call.block_indices
     assert check(**good()).scale == 0.25
-    assert hash(problem) == hash(problem._replace())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "block_size", "bound", "largest"),
+    [
+        (good(), 0, None, 5 * 32),
+        (good(max_selected=7), 0, 7, 5 * 32),
+        (good(max_selected=10**30), 0, 5 * 32, 5 * 32),
+        (blocks(block_size=8), 8, 40, 40),
+        (blocks(block_size=8, max_selected=7), 8, 7, 40),
+        (blocks(block_size=8, max_selected=41), 8, 40, 40),
+        (blocks(block_size=1000), 32, 5 * 32, 5 * 32),  # a block holds no more than the cache
+        (blocks(block_size=2**70), 32, 5 * 32, 5 * 32),
+        (blocks(block_size=9, k=torch.zeros(2, 3, 0, 16), v=torch.zeros(2, 3, 0, 8)), 1, 5, 5),
+    ],
+)
+def test_bounds(arguments: dict[str, Any], block_size: int, bound: int | None, largest: int) -> None:
+    call = check(**arguments)
+    assert (call.block_size, call.max_selected, call.largest) == (block_size, bound, largest)
 
 
 @pytest.mark.parametrize(
@@ -192,7 +205,7 @@ def test_the_problem_says_what_was_asked() -> None:
 )
 def test_sixteen_bytes(name: str, tensor: torch.Tensor, expected: str | None) -> None:
     aligned = torch.zeros(1, 2, 4, 64, dtype=torch.float16)
-    got = misalignment(tensor, aligned, aligned)
+    got = replace(check(**good()), q=tensor, k=aligned, v=aligned).misaligned()
     assert (got is None) == (expected is None), got
     if expected is not None:
         assert got is not None

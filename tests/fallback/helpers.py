@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from nsa_sel.backends import sdpa
-from nsa_sel.problem import Call
+from nsa_sel.call import Call
+from nsa_sel.check import check
 from nsa_sel.testing import Inputs
-from nsa_sel.validation import check
 
 
 def call_of(inputs: Inputs, **options: Any) -> Call:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ import pytest
 import torch
 
 import nsa_sel
-from nsa_sel import _build, api, backends
+from nsa_sel import _build, api, backends, execute
+from nsa_sel._build import BuildInfo, DeviceInfo
 from nsa_sel.backends import sdpa
+from nsa_sel.call import Call
 from nsa_sel.errors import KernelLaunchError, PlanError
 from nsa_sel.policy import save
-from nsa_sel.problem import Call, Problem
-from nsa_sel.routing import BuildInfo, DeviceInfo
 from tests.contract.test_routing import BUILD, H200, NO_KERNELS, OFF, small_call
 
 
@@ -25,8 +26,9 @@ class FakeKernels:
     def __init__(self, refusals: int = 0, error: type[Exception] = KernelLaunchError) -> None:
         self.refusals, self.error, self.launches = refusals, error, 0
 
-    def unavailable(self, problem: Problem) -> str | None:
-        return None
+    def limits(self, call: Call, device: DeviceInfo | None) -> str | None:
+        build = _build.routing_build()
+        return None if build.kernels else f"this build has no kernels: {build.reason}"
 
     def run(self, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
         self.launches += 1
@@ -40,16 +42,15 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Make this machine look as if the CPU tensors of a call lay on an H200."""
 
     def install(kernels: FakeKernels, build: BuildInfo = BUILD, device: DeviceInfo = H200) -> None:
-        real_find, real_check = backends.find, api.check
-        monkeypatch.setattr(backends, "find", lambda name: kernels if name == "cuda" else real_find(name))
+        real_get, real_check = backends.get, execute.check
+        monkeypatch.setattr(backends, "get", lambda name: kernels if name == "cuda" else real_get(name))
         monkeypatch.setattr(_build, "routing_build", lambda: build)
         monkeypatch.setattr(_build, "device_info", lambda index: device)
 
         def check_on_gpu(*arguments: Any, **keywords: Any) -> Call:
-            call = real_check(*arguments, **keywords)
-            call.problem = call.problem._replace(device_type="cuda")
-            return call
+            return replace(real_check(*arguments, **keywords), device_type="cuda")
 
+        monkeypatch.setattr(execute, "check", check_on_gpu)
         monkeypatch.setattr(api, "check", check_on_gpu)
 
     return install
@@ -156,8 +157,8 @@ def test_a_refused_triton_launch_falls_back_too(pretend: Any, monkeypatch: pytes
     nsa_sel.refresh_routing()
     refusing = FakeKernels(refusals=9)
     pretend(FakeKernels(), build=NO_KERNELS)
-    known = backends.find
-    monkeypatch.setattr(backends, "find", lambda name: refusing if name == "triton" else known(name))
+    known = backends.get
+    monkeypatch.setattr(backends, "get", lambda name: refusing if name == "triton" else known(name))
     with pytest.warns(RuntimeWarning, match="no kernels"):
         nsa_sel.selection_attention(**small_call(), max_selected=64)
     assert refusing.launches == 1

@@ -16,9 +16,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nsa_sel
 from nsa_sel.backends import _cpu, _gather, _plan, sdpa
-from nsa_sel.problem import Call
+from nsa_sel.call import Call
+from nsa_sel.check import check
 from nsa_sel.testing import assert_matches_reference
-from nsa_sel.validation import check
 from tests.cases import CASES, Case, blocks, case, fixed, spans
 from tests.fallback.helpers import call_of, capture, difference
 
@@ -75,17 +75,17 @@ def test_no_chunk_takes_more_than_the_budget(name: str, monkeypatch: pytest.Monk
     call = call_of(case(name).inputs())
     budget = 200_000
     sdpa.run(call, budget)
-    assert 0 < largest * _plan.bytes_per_token(call.problem) <= budget
+    assert 0 < largest * _plan.bytes_per_token(call) <= budget
 
 
 lengths = st.lists(st.integers(0, 3000), min_size=1, max_size=80)
-PROBLEM = call_of(case("h4").inputs()).problem
+CALL = call_of(case("h4").inputs())
 
 
 @given(lengths, st.integers(1, 10**8), st.booleans())
 def test_plans_cover_every_token_once(lengths: list[int], budget: int, invariant: bool) -> None:
     ordered = np.sort(np.array(lengths))[::-1]
-    problem = PROBLEM._replace(batch_invariant=invariant)
+    problem = replace(CALL, batch_invariant=invariant)
     plan = _plan.make_plan(problem, ordered, budget, masked=False)
     rows = [row for chunk in plan for row in range(chunk.rows.start, chunk.rows.stop)]
     assert rows == list(range(int((ordered > 0).sum())))
@@ -99,7 +99,7 @@ def test_plans_cover_every_token_once(lengths: list[int], budget: int, invariant
 @given(lengths, lengths)
 def test_an_invariant_row_always_meets_the_same_shapes(company: list[int], other: list[int]) -> None:
     """Kernels need not be indifferent to padding: what is added to a row must follow from its own L alone."""
-    problem = PROBLEM._replace(batch_invariant=True)
+    problem = replace(CALL, batch_invariant=True)
     shapes: dict[int, tuple[int, int, int]] = {}
     for batch in (company, other, company + other, [*other, 2999]):
         ordered = np.sort(np.array(batch))[::-1]

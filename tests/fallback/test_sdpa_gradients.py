@@ -10,8 +10,8 @@ import torch
 
 import nsa_sel
 from nsa_sel.backends import sdpa
+from nsa_sel.check import check
 from nsa_sel.testing import Inputs
-from nsa_sel.validation import check
 from tests.cases import Case, blocks, case, fixed, spans
 
 

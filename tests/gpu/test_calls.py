@@ -10,9 +10,9 @@ import torch
 
 import nsa_sel
 from nsa_sel.backends import cuda
+from nsa_sel.check import check
 from nsa_sel.errors import KernelLaunchError
 from nsa_sel.testing import Inputs, assert_matches_reference
-from nsa_sel.validation import check
 from tests.backends_under_test import no_kernels
 from tests.cases import case
 

@@ -1,4 +1,4 @@
-"""The C interface of the kernel's library: mirrors of its structures, building and loading it, planning a call."""
+"""The C interface of the kernel's library: building and loading it, planning a call."""
 
 from __future__ import annotations
 
@@ -8,35 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from nsa_sel.backends._request import DTYPES, FIELDS, LOADS
 from tests.host_run import build
 from tests.host_run.emulator import Emulator
 
 ROOT = Path(__file__).resolve().parents[2]
 HOST_SOURCE = "tests/host_run/kernel_host.cpp"
-DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # enum Dtype in cpp/params.h
-POINTERS = ("q", "k", "v", "selection", "counts", "seq_lens", "block_table", "table_rows", "out", "lse")
-_SIZES = ("dtype", "B", "S", "G", "h", "Dk", "Dv", "S_kv", "n", "page_size", "num_pages", "num_tables", "block_size")
-_FLAGS = ("index_is_64", "causal", "max_selected", "batch_invariant", "num_splits", "loads")
-LOADS = ("cp.async", "bulk")  # enum Loads
-
-
-class Request(ctypes.Structure):
-    """Mirror of `DecodeRequest` in cpp/dispatch.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_void_p) for name in POINTERS),
-        *((name, ctypes.c_int64) for name in _SIZES + _FLAGS),
-        ("q_strides", ctypes.c_int64 * 4),
-        ("k_strides", ctypes.c_int64 * 3),
-        ("v_strides", ctypes.c_int64 * 3),
-        ("out_strides", ctypes.c_int64 * 4),
-        ("sel_strides", ctypes.c_int64 * 4),
-        ("counts_strides", ctypes.c_int64 * 3),
-        *((name, ctypes.c_int64) for name in ("seq_lens_stride", "table_stride", "table_rows_stride")),
-        ("scale", ctypes.c_double),
-    ]
 
 
 class _Plan(ctypes.Structure):
@@ -89,10 +66,17 @@ def library(kind: str, root: Path = ROOT) -> tuple[Emulator, Any]:
     lib = emulator.lib
     lib.nsa_prepare.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int]
     lib.nsa_launch.argtypes = [ctypes.c_void_p]
-    lib.nsa_request_bytes.restype = ctypes.c_int64
-    if lib.nsa_request_bytes() != ctypes.sizeof(Request):
-        raise RuntimeError(f"DecodeRequest: expected {lib.nsa_request_bytes()} bytes, got {ctypes.sizeof(Request)}")
+    if (found := _request_fields(lib)) != FIELDS:
+        raise RuntimeError(f"DecodeRequest: expected {FIELDS}, got {found}")
     return emulator, lib
+
+
+def _request_fields(lib: Any) -> tuple[tuple[str, int], ...]:
+    lib.nsa_request_field.restype = ctypes.c_char_p
+    found, count = [], ctypes.c_int64()
+    while (name := lib.nsa_request_field(len(found), ctypes.byref(count))) is not None:
+        found.append((name.decode(), count.value))
+    return tuple(found)
 
 
 def instances(kind: str = "hook", root: Path = ROOT) -> set[tuple[str, int, int, int, str]]:
@@ -102,14 +86,14 @@ def instances(kind: str = "hook", root: Path = ROOT) -> set[tuple[str, int, int,
     for i in range(lib.nsa_num_instances()):
         key = (ctypes.c_int64 * 5)()
         lib.nsa_instance(i, key)
-        found.add((("float16", "bfloat16")[key[0]], key[1], key[2], key[3], LOADS[key[4]]))
+        found.add((DTYPES[key[0]], key[1], key[2], key[3], LOADS[key[4]]))
     return found
 
 
-def plan_call(lib: Any, request: Request, device: Device) -> dict[str, int]:
+def plan_call(lib: Any, request: bytes, device: Device) -> dict[str, int]:
     """Make `request` the one that the next launch runs."""
     limits, plan = limits_of(device), _Plan()
     message = ctypes.create_string_buffer(512)
-    if lib.nsa_prepare(ctypes.byref(request), ctypes.byref(limits), ctypes.byref(plan), message, len(message)) != 0:
+    if lib.nsa_prepare(request, ctypes.byref(limits), ctypes.byref(plan), message, len(message)) != 0:
         raise ValueError(message.value.decode())
     return {name: getattr(plan, name) for name, _ in _Plan._fields_}

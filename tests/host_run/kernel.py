@@ -1,4 +1,4 @@
-"""Binding of the kernel on the emulator: tensors to a `DecodeRequest`, buffers to the emulator, results back."""
+"""The kernel on the emulator: a checked call to the planner, its buffers to the emulator, results back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 
-from tests.host_run.abi import DTYPES, LOADS, POINTERS, ROOT, Device, Request, instances, library, plan_call
+from nsa_sel.backends import cuda
+from nsa_sel.backends._request import DTYPES, pack
+from nsa_sel.call import Call
+from nsa_sel.check import check
+from tests.host_run.abi import ROOT, Device, instances, library, plan_call
 from tests.host_run.emulator import Emulator
 
 
@@ -85,18 +89,6 @@ def register(emulator: Emulator, tensors: dict[str, tuple[torch.Tensor, bool]]) 
         emulator.register(name, start, end - start, writable=writable, tracked=writable)
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-    if q.dtype not in DTYPES or k.dtype != q.dtype or v.dtype != q.dtype:
-        raise NotImplementedError(f"q, k, v: the kernel takes fp16 or bf16, got {q.dtype}, {k.dtype}, {v.dtype}")
-    for name, t in (("q", q), ("k", k), ("v", v)):
-        if t.numel() and (
-            t.stride(-1) != 1
-            or t.data_ptr() % 16
-            or any(s % 8 for n, s in zip(t.shape[:-1], t.stride()[:-1], strict=True) if n > 1)
-        ):
-            raise NotImplementedError(f"{name}: the kernel takes 16-byte aligned rows, got strides {t.stride()}")
-
-
 @dataclass
 class Prepared:
     """One planned call with everything that its pointers point to; `launch` runs it or records it into a stream.
@@ -115,7 +107,7 @@ class Prepared:
     plan: dict[str, int]
     tensors: dict[str, tuple[torch.Tensor, bool]]
     options: Options
-    request: Request
+    request: bytes
 
     def buffers(self) -> dict[str, tuple[torch.Tensor, bool]]:
         """All tensors by name, and whether the kernel writes them."""
@@ -133,94 +125,49 @@ class Described:
     """A call as the planner takes it, with everything that its pointers point to.
 
     Args:
+        call: as the package's own check made it.
+        request: the bytes that the package's binding hands to the planner.
         tensors: by name, and whether the kernel writes them; without the workspace.
     """
 
-    request: Request
+    call: Call
+    request: bytes
     out: torch.Tensor
     lse: torch.Tensor | None
     tensors: dict[str, tuple[torch.Tensor, bool]]
 
 
 def describe(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    ranges: torch.Tensor | None = None,
-    *,
-    block_indices: torch.Tensor | None = None,
-    block_size: int | None = None,
-    counts: torch.Tensor | None = None,
-    seq_lens: torch.Tensor | None = None,
-    block_table: torch.Tensor | None = None,
-    table_rows: torch.Tensor | None = None,
-    causal: bool = True,
-    max_selected: int | None = None,
-    softmax_scale: float | None = None,
-    return_lse: bool = False,
-    batch_invariant: bool = False,
-    out: torch.Tensor | None = None,
-    backend: str = "cuda",
-    num_splits: int | None = None,
-    loads: str = "cp.async",
+    *arguments: Any, backend: str = "cuda", num_splits: int | None = None, loads: str = "cp.async", **keywords: Any
 ) -> Described:
     """Return the request of a call on CPU tensors; arguments as in `nsa_sel.selection_attention`.
+
+    What is planned is what ships: the arguments go through the package's own check, and the call through the bytes that
+    its binding reads.
 
     Args:
         num_splits: blocks per row; None lets the planner choose.
         loads: "cp.async", or "bulk": the experimental instances of sm_90.
 
     Raises:
+        ArgumentError, ArgumentTypeError: an argument is wrong.
         NotImplementedError: what the kernel does not take (other dtypes, unaligned strides).
     """
     if backend not in ("auto", "cuda"):
-        raise ValueError(f"backend: expected 'auto' or 'cuda' (the host run is the CUDA kernel), got {backend!r}")
-    if (ranges is None) == (block_indices is None):
-        raise ValueError("ranges, block_indices: expected exactly one of the two")
-    _check(q, k, v)
-    B, S, G, h, Dk = q.shape
-    Dv = v.shape[3]
-    selection = ranges if ranges is not None else block_indices
-    assert selection is not None
-    if ranges is not None and ranges.stride(-1) != 1:
-        selection = ranges.contiguous()
-    n = selection.shape[3]
-    page_size = k.shape[2] if block_table is not None else 0
-    S_kv = block_table.shape[1] * page_size if block_table is not None else k.shape[2]
-    if max_selected is None and block_indices is not None:
-        max_selected = n * int(block_size or 0)
-    result = out if out is not None else torch.empty((B, S, G, h, Dv), dtype=v.dtype)
-    lse = torch.empty((B, S, G, h), dtype=torch.float32) if return_lse else None
-    request = Request(
-        **{name: t.data_ptr() if t is not None else None for name, t in zip(
-            POINTERS, (q, k, v, selection, counts, seq_lens, block_table, table_rows, result, lse), strict=True)},
-        dtype=DTYPES[q.dtype], B=B, S=S, G=G, h=h, Dk=Dk, Dv=Dv, S_kv=S_kv, n=n,
-        page_size=page_size, num_pages=k.shape[0] if block_table is not None else 0,
-        num_tables=block_table.shape[0] if block_table is not None else 0,
-        block_size=int(block_size or 0) if block_indices is not None else 0,
-        index_is_64=selection.dtype == torch.int64, causal=causal,
-        max_selected=-1 if max_selected is None else max_selected,
-        batch_invariant=batch_invariant, num_splits=num_splits or 0, loads=LOADS.index(loads),
-        q_strides=q.stride()[:4], k_strides=k.stride()[:3], v_strides=v.stride()[:3],
-        out_strides=result.stride()[:4], sel_strides=selection.stride()[:4],
-        counts_strides=counts.stride() if counts is not None else (0, 0, 0),
-        seq_lens_stride=seq_lens.stride(0) if seq_lens is not None else 0,
-        table_stride=block_table.stride(0) if block_table is not None else 0,
-        table_rows_stride=table_rows.stride(0) if table_rows is not None else 0,
-        scale=Dk**-0.5 if softmax_scale is None else softmax_scale,
-    )  # fmt: skip
-    buffers = {
-        "q": (q, False),
-        "k": (k, False),
-        "v": (v, False),
-        "selection": (selection, False),
-        "out": (result, True),
-    }
-    optional = {"counts": counts, "seq_lens": seq_lens, "block_table": block_table, "table_rows": table_rows}
-    buffers.update({name: (t, False) for name, t in optional.items() if t is not None})
+        raise ValueError(f"backend: expected 'auto' or 'cuda' (the emulator runs the CUDA kernel), got {backend!r}")
+    call = check(*arguments, **keywords)
+    why = f"no kernel takes {call.dtype}" if call.dtype not in DTYPES else cuda.kernel_limits(call)
+    if why is not None:
+        raise NotImplementedError(why)
+    shape = (call.B, call.S, call.G, call.h)
+    out = call.out if call.out is not None else torch.empty((*shape, call.Dv), dtype=call.v.dtype)
+    lse = torch.empty(shape, dtype=torch.float32) if call.return_lse else None
+    read = {"q": call.q, "k": call.k, "v": call.v, "selection": call.selection, "counts": call.counts}
+    read |= {"seq_lens": call.seq_lens, "block_table": call.block_table, "table_rows": call.table_rows}
+    buffers = {name: (t, False) for name, t in read.items() if t is not None} | {"out": (out, True)}
     if lse is not None:
         buffers["lse"] = (lse, True)
-    return Described(request, result, lse, buffers)
+    return Described(call, pack(call, out, lse, num_splits or 0, loads), out, lse, buffers)
 
 
 def prepare(*arguments: Any, options: Options | None = None, **keywords: Any) -> Prepared:
@@ -231,14 +178,14 @@ def prepare(*arguments: Any, options: Options | None = None, **keywords: Any) ->
         ValueError: what the planner refuses.
     """
     options = options or Options()
-    call = describe(*arguments, loads=options.loads, **keywords)
-    r = call.request
-    if not any(i[1:3] == (r.Dk, r.Dv) and 1 <= r.h <= i[3] for i in instances(options.kind, options.root)):
-        raise NotImplementedError(f"no compiled instance for Dk={r.Dk}, Dv={r.Dv}, h={r.h}")
+    described = describe(*arguments, loads=options.loads, **keywords)
+    call, table = described.call, instances(options.kind, options.root)
+    if not any(i[:3] == (call.dtype, call.Dk, call.Dv) and call.h <= i[3] for i in table):
+        raise NotImplementedError(f"no kernel compiled for {call.dtype} Dk={call.Dk} Dv={call.Dv} h={call.h}")
     _, lib = library(options.kind, options.root)
-    plan = plan_call(lib, r, options.device)
+    plan = plan_call(lib, described.request, options.device)
     workspace = torch.full((max(plan["workspace_floats"], 0),), math.nan, dtype=torch.float32)
-    return Prepared(call.out, call.lse, workspace, plan, call.tensors, options, r)
+    return Prepared(described.out, described.lse, workspace, plan, described.tensors, options, described.request)
 
 
 def selection_attention(*arguments: Any, schedule: int = 0, options: Options | None = None, **keywords: Any) -> HostRun:

@@ -1,5 +1,6 @@
 // kernel_host.cpp - the C interface through which Python plans and launches the kernel on the emulator.
 #include <cstdio>
+#include <cstring>
 #include <exception>
 
 #include "../../cpp/dispatch.h"
@@ -28,10 +29,12 @@ struct PlanSummary {
 };
 
 // Returns 0, or 1 with a message where the planner refuses.
-int nsa_prepare(const DecodeRequest* request, const DeviceLimits* device, PlanSummary* summary, char* message,
+int nsa_prepare(const void* request, const DeviceLimits* device, PlanSummary* summary, char* message,
                 int message_bytes) {
   try {
-    prepared = prepare_decode(*request, *device);
+    DecodeRequest r;
+    std::memcpy(&r, request, sizeof r);  // packed by Python, which promises no alignment
+    prepared = prepare_decode(r, *device);
   } catch (const std::exception& error) {
     std::snprintf(message, size_t(message_bytes), "%s", error.what());
     return 1;
@@ -58,6 +61,11 @@ void nsa_instance(int index, int64_t* out) {
   out[4] = int64_t(key.loads);
 }
 
-int64_t nsa_request_bytes() { return sizeof(DecodeRequest); }
+// Member `index` of a DecodeRequest: its number of 64-bit values and its name, null behind the last.
+const char* nsa_request_field(int index, int64_t* count) {
+  if (size_t(index) >= sizeof(kRequestFields) / sizeof(kRequestFields[0])) return nullptr;
+  *count = int64_t(kRequestFields[index].count);
+  return kRequestFields[index].name;
+}
 
 }  // extern "C"

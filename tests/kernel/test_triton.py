@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +16,13 @@ import pytest
 import torch
 
 import nsa_sel
+from nsa_sel._build import DeviceInfo
 from nsa_sel.backends import triton as backend
+from nsa_sel.call import Call
+from nsa_sel.check import check
 from nsa_sel.errors import BackendError, KernelLaunchError
 from nsa_sel.measure import tune
-from nsa_sel.problem import Call, Problem
 from nsa_sel.testing import Inputs, assert_matches_reference, make_inputs
-from nsa_sel.validation import check
 from tests.backends_under_test import backend as under_test
 from tests.backends_under_test import no_triton_interpreter
 from tests.cases import Case, case, fixed, spans
@@ -28,7 +30,7 @@ from tests.cases import Case, case, fixed, spans
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 interpreted = pytest.mark.skipif(no_triton_interpreter() is not None, reason=f"triton: {no_triton_interpreter()}")
-GOOD = Problem(1, 1, 1, 4, 64, 64, 256, 4, "bfloat16")
+GOOD = check(**case("one-token").inputs().arguments())
 
 
 def run(inputs: Inputs, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,7 +43,7 @@ def call_of(name: str) -> Call:
 
 
 def launch(call: Call, config: backend.Config | None = None) -> tuple[Any, dict[str, Any]]:
-    out = torch.empty((*call.q.shape[:4], call.problem.Dv), dtype=call.q.dtype)
+    out = torch.empty((*call.q.shape[:4], call.Dv), dtype=call.q.dtype)
     return backend.launch(call, out, None, config or backend.Config())
 
 
@@ -56,7 +58,7 @@ def test_triton_is_interpreted_where_it_is_installed() -> None:
     ("changes", "message"),
     [
         ({}, None),
-        ({"paged": True, "page_size": 3, "num_pages": 9, "blocks": True, "S": 3, "h": 64, "Dk": 192}, None),
+        ({"page_size": 3, "num_pages": 9, "block_size": 4, "S": 3, "h": 64, "Dk": 192}, None),
         ({"device_type": "cuda"}, "under TRITON_INTERPRET=1 triton takes CPU tensors, not tensors on cuda"),
         ({"dtype": "float32"}, "triton takes float16 and bfloat16, not float32"),
         ({"requires_grad": True}, "gradients required"),
@@ -69,24 +71,24 @@ def test_triton_is_interpreted_where_it_is_installed() -> None:
     ],
 )
 def test_what_it_cannot_run(changes: dict[str, Any], message: str | None) -> None:
-    assert backend.unavailable(GOOD._replace(**changes)) == message
+    assert backend.limits(replace(GOOD, **changes), None) == message
 
 
 def test_compiled_kernels_take_cuda_tensors_of_new_enough_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_load", lambda: (SimpleNamespace(INTERPRETED=False), None))
     message = "triton takes CUDA tensors, or CPU tensors under TRITON_INTERPRET=1, not tensors on cpu"
-    assert backend.unavailable(GOOD) == message
+    assert backend.limits(GOOD, None) == message
     with pytest.raises(BackendError, match=re.escape(message)):
         nsa_sel.explain(**case("one-token").inputs().arguments(backend="triton"))
     for capability, expected in (((7, 5), "triton takes compute capability 8.0 or newer, not 7.5"), ((8, 0), None)):
-        monkeypatch.setattr(backend, "_capability", lambda index, capability=capability: capability)
-        assert backend.unavailable(GOOD._replace(device_type="cuda")) == expected
+        device = DeviceInfo("a GPU", capability)
+        assert backend.limits(replace(GOOD, device_type="cuda"), device) == expected
 
 
 def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(backend, "_load", backend._load.__wrapped__)
-    assert backend.unavailable(GOOD) == "triton is not installed"
+    assert backend.limits(GOOD, None) == "triton is not installed"
     monkeypatch.undo()
 
     def broken(name: str) -> None:
@@ -94,7 +96,7 @@ def test_without_triton_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(backend.importlib, "import_module", broken)
     monkeypatch.setattr(backend, "_load", backend._load.__wrapped__)
-    assert backend.unavailable(GOOD) == "triton cannot be used: no libtriton"
+    assert backend.limits(GOOD, None) == "triton cannot be used: no libtriton"
 
 
 @interpreted

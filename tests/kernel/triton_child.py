@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nsa_sel.validation import check
+from nsa_sel.check import check
 from tests.cases import case
 
 
@@ -37,9 +37,9 @@ def compiled(name: str, stages: int) -> dict[str, Any]:
     from nsa_sel.backends import triton as backend
 
     call = check(**case(name).inputs().arguments(return_lse=True))
-    out = torch.empty((*call.q.shape[:4], call.problem.Dv), dtype=call.q.dtype)
+    out = torch.empty((*call.q.shape[:4], call.Dv), dtype=call.q.dtype)
     kernel, arguments = backend.launch(call, out, torch.empty(call.q.shape[:4]), backend.Config(num_stages=stages))
-    binary = kernel.warmup(grid=(call.problem.rows,), **arguments)
+    binary = kernel.warmup(grid=(call.rows,), **arguments)
     assert binary.asm["cubin"].startswith(b"\x7fELF")
     instructions = Counter(re.findall(r"\b(LDGSTS|HMMA|HGMMA|LDL|STL)\b", binary.asm["sass"]))
     return {

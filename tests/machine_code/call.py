@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from tests.host_run.abi import LOADS, Device, limits_of
+from nsa_sel.backends._request import DTYPES, LOADS
+from tests.host_run.abi import Device, limits_of
 from tests.host_run.kernel import buffers_of, describe
 from tests.machine_code import code
 from tests.machine_code.code import Instance
@@ -21,7 +22,6 @@ DEVICES = {
     "sm_80": Device(sm_count=108, capability=80, smem_per_block=166_912, smem_per_sm=167_936),  # A100
     "sm_90": Device(sm_count=132, capability=90, smem_per_block=232_448, smem_per_sm=233_472),  # H100, H200
 }
-_DTYPES = ("float16", "bfloat16")  # enum Dtype
 
 
 class Planned(ctypes.Structure):
@@ -37,7 +37,7 @@ class Planned(ctypes.Structure):
 
     def instance(self) -> Instance:
         """The decode kernel that the planner chose."""
-        return Instance(_DTYPES[self.dtype], self.Dk, self.Dv, self.head_tile, LOADS[self.loads])
+        return Instance(DTYPES[self.dtype], self.Dk, self.Dv, self.head_tile, LOADS[self.loads])
 
 
 @dataclass(frozen=True)
@@ -129,19 +129,17 @@ def selection_attention(
     return Run(call.out, call.lse, clocks, counts, first, second, figures)
 
 
-def plan(request: ctypes.Structure, device: Device) -> Planned:
+def plan(request: bytes, device: Device) -> Planned:
     """Return what the package's planner makes of a request.
 
     Raises:
         ValueError: what it refuses.
     """
     lib, planned, message = library(), Planned(), ctypes.create_string_buffer(512)
-    if lib.machine_request_bytes() != ctypes.sizeof(request):
-        raise RuntimeError(f"request: expected {lib.machine_request_bytes()} bytes, got {ctypes.sizeof(request)}")
+    if lib.machine_request_bytes() != len(request):
+        raise RuntimeError(f"request: expected {lib.machine_request_bytes()} bytes, got {len(request)}")
     limits = limits_of(device)
-    refused = lib.machine_plan(
-        ctypes.byref(request), ctypes.byref(limits), ctypes.byref(planned), message, len(message)
-    )
+    refused = lib.machine_plan(request, ctypes.byref(limits), ctypes.byref(planned), message, len(message))
     if refused:
         raise ValueError(message.value.decode())
     return planned

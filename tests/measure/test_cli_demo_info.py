@@ -163,18 +163,18 @@ def test_info_shows_what_auto_runs_on_each_device(monkeypatch: pytest.MonkeyPatc
     """A made-up GPU: what is shown is routing's own word for it."""
     from types import SimpleNamespace
 
-    from nsa_sel import _build, api
+    from nsa_sel import _build, execute
 
     properties = SimpleNamespace(name="Made Up 40", major=8, minor=9, multi_processor_count=128, total_memory=24 << 30)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     asked: list[object] = []
 
-    def route(problem: object) -> nsa_sel.Decision:
-        asked.append(problem)
+    def route(call: object) -> nsa_sel.Decision:
+        asked.append(call)
         return nsa_sel.Decision("sdpa", "a reason to be shown")
 
-    monkeypatch.setattr(api, "route", route)
+    monkeypatch.setattr(execute, "route", route)
     shown = flat(invoke("info").output)
     _build.device_info.cache_clear()
     for expected in ("0 Made Up 40", "8.9", "128", "NSA paper", "MiniMax-M3", "a reason to be shown"):

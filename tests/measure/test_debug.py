@@ -143,7 +143,7 @@ def test_messages_are_seen_without_any_logging_set_up() -> None:
 
 
 def test_sampled_rows_hold_the_first_and_the_last() -> None:
-    from nsa_sel.validation import check
+    from nsa_sel.check import check
 
     q, k, v, ranges = _inputs()
     rows = debug._sampled(check(q, k, v, ranges))

@@ -95,21 +95,10 @@ def test_grid_and_buckets() -> None:
     assert {bucket_of(length) for length in (16, 31, 32, 33, 4096)} == {16, 32, 64, 4096}
 
 
-def test_without_a_backend_whose_settings_can_be_set_there_is_no_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nsa_sel import backends
-
-    monkeypatch.setattr(backends, "find", lambda name: None)
-    with pytest.raises(ValueError, match="got no Triton backend"):
-        TuneSession(torch.device("cpu"), None, 0, 1, 0)
-    monkeypatch.setattr(backends, "find", lambda name: object())
-    with pytest.raises(ValueError, match="settings cannot be set"):
-        TuneSession(torch.device("cpu"), None, 0, 1, 0)
-
-
 def test_files_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in = StandIn()
     # Only where the sweep looks: routing must go on finding the backends there are.
-    monkeypatch.setattr(session, "backends", SimpleNamespace(find=lambda name: stand_in))
+    monkeypatch.setattr(session, "backends", SimpleNamespace(get=lambda name: stand_in))
     monkeypatch.setattr(tune, "grid", lambda: CONFIGS[1:])
     monkeypatch.setattr(tune, "Own", lambda name: stand_in)
     workloads = from_options({"rows": [4], "h": [2], "Dk": [64], "L": [64], "dist": ["few"], "G": 2, "S_kv": 512})

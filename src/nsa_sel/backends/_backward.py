@@ -9,7 +9,7 @@ import torch
 
 from nsa_sel.backends import _gather
 from nsa_sel.backends._plan import Chunk
-from nsa_sel.problem import Call
+from nsa_sel.call import Call
 
 
 @dataclass(slots=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nsa_sel.problem import Call
+from nsa_sel.call import Call
 
 
 @dataclass(slots=True)
@@ -53,12 +53,10 @@ def resolve(call: Call) -> Selection:
         length = (torch.minimum(end.clamp_min(0), limit) - start).clamp_min(0)
     else:
         assert call.block_indices is not None
-        assert call.block_size is not None
         ids = call.block_indices.to(torch.int64)
-        # ids and sizes beyond the cache are cut to it first, so that their product cannot leave 64 bits
-        size = min(call.block_size, max(S_kv, 1))
-        start = ids.clamp(0, S_kv) * size
-        length = torch.minimum(start + size, limit) - torch.minimum(start, limit)
+        # ids beyond the cache are cut to it first, as the size is, so that their product cannot leave 64 bits
+        start = ids.clamp(0, S_kv) * call.block_size
+        length = torch.minimum(start + call.block_size, limit) - torch.minimum(start, limit)
         length = length.masked_fill(ids < 0, 0)
     start, length = start.reshape(rows, problem.n), length.reshape(rows, problem.n)
     ends = length.cumsum(1)

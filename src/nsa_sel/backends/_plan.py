@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nsa_sel.problem import Problem
+from nsa_sel.call import Call
 
 MEMORY_BUDGET = 256 * 2**20  # bytes that a chunk may hold beyond inputs and outputs
 _SMALL = 4 * 2**20  # bytes below which padding costs less than another chunk would
@@ -27,24 +27,18 @@ class Chunk:
     pad_rows: int = 0  # times that the last row is repeated to keep the chunk's shape the same
 
 
-def largest_selection(problem: Problem) -> int:
-    """Return the most tokens that a row can select, whatever the values are."""
-    return problem.n * (min(problem.block_size, problem.S_kv) if problem.blocks else problem.S_kv)
-
-
-def captured_bound(problem: Problem) -> int:
+def captured_bound(problem: Call) -> int:
     """Return how many tokens of each row a captured graph computes, where no length can be looked at.
 
     Blocks bound L by themselves, so that a broken promise does no harm. Spans do not (n * S_kv is theirs): there the
     caller's promise counts.
     """
-    largest = largest_selection(problem)
-    if problem.blocks or problem.max_selected is None:
-        return largest
-    return min(problem.max_selected, largest)
+    if problem.block_indices is not None or problem.max_selected is None:
+        return problem.largest
+    return problem.max_selected
 
 
-def bytes_per_token(problem: Problem) -> int:
+def bytes_per_token(problem: Call) -> int:
     """Memory that one gathered token takes: K and V, their upcast copies, a few int64 indices, logits of h heads."""
     item = {"float64": 8, "float32": 4}.get(problem.dtype, 2)
     wide = max(item, 4)
@@ -53,7 +47,7 @@ def bytes_per_token(problem: Problem) -> int:
     return rows + 64 + wide * (problem.Dk + 5 * problem.h)
 
 
-def make_plan(problem: Problem, lengths: np.ndarray, budget: int, masked: bool) -> list[Chunk]:
+def make_plan(problem: Call, lengths: np.ndarray, budget: int, masked: bool) -> list[Chunk]:
     """Cut rows, in descending order of L, into chunks within the budget that pad no row to more than twice its L.
 
     Args:

@@ -1,4 +1,4 @@
-"""The compiled CUDA kernel: takes a checked call's pointers and strides to `_core` and allocates what it writes."""
+"""The compiled CUDA kernel: hands a checked call to `_core` and allocates what it writes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ from typing import Any
 import torch
 
 from nsa_sel import _build
+from nsa_sel._build import DeviceInfo
+from nsa_sel.backends import _request
+from nsa_sel.call import Call
 from nsa_sel.errors import KernelLaunchError, PlanError
-from nsa_sel.problem import Call, Problem
 
 core: Any = _build.core
-_DTYPES = {"float16": 0, "bfloat16": 1}  # enum Dtype in cpp/params.h
 _OUT_ALIGNMENT = 8  # bytes: merged splits are written four 16-bit columns at once
-_MOST = 2**31 - 64  # of anything that the kernel counts in 32 bits and steps by 32
+
+if core is not None and tuple(core.request_fields()) != _request.FIELDS:
+    raise ImportError(f"nsa_sel._core: expected a DecodeRequest of {_request.FIELDS}, got {core.request_fields()}")
 
 
 @functools.cache
@@ -23,65 +26,44 @@ def device_limits(index: int) -> Any:
     return core.device_limits(index)
 
 
-def unavailable(problem: Problem) -> str | None:
-    """Say what the kernel itself cannot take; dtype, dims, heads and alignment are looked at by routing before."""
-    for name in ("S_kv", "n", "num_pages"):
-        if getattr(problem, name) > _MOST:
-            return f"{name} is {getattr(problem, name)}, the kernel takes up to {_MOST}"
-    return None
+def limits(call: Call, device: DeviceInfo | None) -> str | None:
+    """Say why the kernel cannot run this call on this device, or None."""
+    if call.device_type != "cuda" or device is None:
+        return f"tensors on {call.device_type}"
+    if call.dtype not in _request.DTYPES:
+        return f"no kernel takes {call.dtype}"
+    if call.requires_grad:
+        return "gradients required"
+    build = _build.routing_build()
+    if not build.kernels:
+        return f"this build has no kernels: {build.reason}"
+    if build.instance_for(call.dtype, call.Dk, call.Dv, call.h) is None:
+        return f"no kernel compiled for {call.dtype} Dk={call.Dk} Dv={call.Dv} h={call.h}"
+    if not build.runs_on(device.capability):
+        return f"no kernel compiled for compute capability {device.capability[0]}.{device.capability[1]}"
+    return kernel_limits(call)
+
+
+def kernel_limits(call: Call) -> str | None:
+    """Say what of its sizes and strides the kernel's own arithmetic cannot take, or None."""
+    for name in ("S_kv", "n", "num_pages", "num_tables"):
+        if getattr(call, name) > _request.MOST:
+            return f"{name} is {getattr(call, name)}, the kernel takes up to {_request.MOST}"
+    return call.misaligned()
+
+
+def kernel_name(call: Call) -> str:
+    """Return the name of the instance that runs a call which `limits` has nothing against."""
+    instance = _build.routing_build().instance_for(call.dtype, call.Dk, call.Dv, call.h)
+    return "" if instance is None else instance.name
 
 
 def plan(
     call: Call, out: torch.Tensor, lse: torch.Tensor | None, limits: Any, num_splits: int = 0, loads: str = "cp.async"
 ) -> Any:
-    """Return the `_core.DecodeLaunch` of a call; its tensors must live until it has run.
-
-    Args:
-        call: a checked call.
-        out: [B, S, G, h, Dv], 8-byte aligned rows.
-        lse: [B, S, G, h] fp32 contiguous, or None.
-        limits: of the device, `_core.DeviceLimits`.
-        num_splits: blocks per row; 0 lets the planner choose.
-        loads: "cp.async", or "bulk" for the experimental instances of sm_90.
-    """
-    p = call.problem
-    selection = call.ranges if call.ranges is not None else call.block_indices
-    assert selection is not None
+    """Return the `_core.DecodeLaunch` of a call; arguments as `_request.pack` and the device's `_core.DeviceLimits`."""
     try:
-        return core.DecodeLaunch(
-            device=limits,
-            dtype=_DTYPES[p.dtype],
-            shape=(p.B, p.S, p.G, p.h, p.Dk, p.Dv, p.S_kv, p.n),
-            pointers=(
-                call.q.data_ptr(),
-                call.k.data_ptr(),
-                call.v.data_ptr(),
-                selection.data_ptr(),
-                0 if call.seq_lens is None else call.seq_lens.data_ptr(),
-                0 if call.block_table is None else call.block_table.data_ptr(),
-                out.data_ptr(),
-                0 if lse is None else lse.data_ptr(),
-            ),
-            q_strides=call.q.stride()[:4],
-            k_strides=call.k.stride()[:3],
-            v_strides=call.v.stride()[:3],
-            out_strides=out.stride()[:4],
-            sel_strides=selection.stride()[:4],
-            list_strides=(
-                0 if call.seq_lens is None else call.seq_lens.stride(0),
-                0 if call.block_table is None else call.block_table.stride(0),
-            ),
-            pages=(p.page_size, p.num_pages) if p.paged else (0, 0),
-            # a block longer than the cache covers it, and every other one starts behind it
-            block_size=min(call.block_size or 0, max(p.S_kv, 1)),
-            index_is_64=p.index_bits == 64,
-            causal=call.causal,
-            scale=call.scale,
-            max_selected=-1 if call.max_selected is None else min(call.max_selected, _MOST),
-            batch_invariant=call.batch_invariant,
-            num_splits=num_splits,
-            loads=loads,
-        )
+        return core.DecodeLaunch(_request.pack(call, out, lse, num_splits, loads), limits)
     except ValueError as error:
         raise PlanError(str(error)) from None
 
@@ -104,15 +86,15 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
         KernelLaunchError: the device refused the launch and can go on (the caller may fall back).
         RuntimeError: any other CUDA error: a lost context, a broken capture, no memory.
     """
-    p = call.problem
     device = call.q.device
+    shape = (call.B, call.S, call.G, call.h)
     with torch.cuda.device(device):
         target = call.out
         if target is None or not _row_aligned(target):
-            out = torch.empty((p.B, p.S, p.G, p.h, p.Dv), dtype=call.v.dtype, device=device)
+            out = torch.empty((*shape, call.Dv), dtype=call.v.dtype, device=device)
         else:
             out = target
-        lse = torch.empty((p.B, p.S, p.G, p.h), dtype=torch.float32, device=device) if call.return_lse else None
+        lse = torch.empty(shape, dtype=torch.float32, device=device) if call.return_lse else None
         if out.numel() > 0:
             launch = plan(call, out, lse, device_limits(device.index))
             workspace = None

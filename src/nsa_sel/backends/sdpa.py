@@ -17,10 +17,11 @@ import numpy as np
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from nsa_sel._build import DeviceInfo
 from nsa_sel.backends import _backward, _cpu, _gather
 from nsa_sel.backends._gather import Counters, Selection
-from nsa_sel.backends._plan import MEMORY_BUDGET, Chunk, captured_bound, largest_selection, make_plan
-from nsa_sel.problem import Call, Problem
+from nsa_sel.backends._plan import MEMORY_BUDGET, Chunk, captured_bound, make_plan
+from nsa_sel.call import Call
 
 _totals = Counters()
 _lock = threading.Lock()
@@ -32,8 +33,8 @@ def counters() -> Counters:
         return replace(_totals)
 
 
-def unavailable(problem: Problem) -> str | None:
-    """Say why this backend cannot run `problem`: there is nothing that it cannot."""
+def limits(call: Call, device: DeviceInfo | None) -> str | None:
+    """Say why this backend cannot take `call`: there is nothing that it cannot."""
     return None
 
 
@@ -169,7 +170,7 @@ def _prepare(call: Call, budget: int, capturing: bool) -> _Work:
     limit = captured_bound(problem)
     lengths = np.full(problem.rows, limit)
     plan = make_plan(problem, lengths, budget, masked=True)
-    broken = selection.length > limit if limit < largest_selection(problem) else None
+    broken = selection.length > limit if limit < problem.largest else None
     return _Work(selection, lengths, None, plan, count, on_host=False, broken=broken)
 
 

@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 
+from nsa_sel._build import DeviceInfo
+from nsa_sel.call import Call
+from nsa_sel.check import check
 from nsa_sel.errors import ArgumentError, KernelLaunchError
-from nsa_sel.problem import Call, Problem
-from nsa_sel.validation import check
 
 _DTYPES = ("float16", "bfloat16")
 _MAX_HEADS = 64  # beyond, the result of a row does not fit a block's registers
@@ -89,37 +90,33 @@ def _load() -> tuple[Any, str | None]:
         return None, f"triton cannot be used: {error}"
 
 
-def unavailable(problem: Problem) -> str | None:
-    """Say why this backend cannot run `problem`, or None."""
+def limits(call: Call, device: DeviceInfo | None) -> str | None:
+    """Say why this backend cannot take `call`, or None."""
     kernels, why = _load()
     if kernels is None:
         return why
     if kernels.INTERPRETED:
-        if problem.device_type != "cpu":
-            return f"under TRITON_INTERPRET=1 triton takes CPU tensors, not tensors on {problem.device_type}"
+        if call.device_type != "cpu":
+            return f"under TRITON_INTERPRET=1 triton takes CPU tensors, not tensors on {call.device_type}"
         if (why := interpreter_fault()) is not None:
             return why
-    elif problem.device_type != "cuda":
-        what = f"tensors on {problem.device_type}"
+    elif call.device_type != "cuda":
+        what = f"tensors on {call.device_type}"
         return f"triton takes CUDA tensors, or CPU tensors under TRITON_INTERPRET=1, not {what}"
-    elif (capability := _capability(problem.device_index)) < _CAPABILITY:
-        return f"triton takes compute capability 8.0 or newer, not {capability[0]}.{capability[1]}"
-    if problem.dtype not in _DTYPES:
-        return f"triton takes float16 and bfloat16, not {problem.dtype}"
-    if problem.requires_grad:
+    elif device is None or device.capability < _CAPABILITY:
+        found = "an unknown one" if device is None else ".".join(map(str, device.capability))
+        return f"triton takes compute capability 8.0 or newer, not {found}"
+    if call.dtype not in _DTYPES:
+        return f"triton takes float16 and bfloat16, not {call.dtype}"
+    if call.requires_grad:
         return "gradients required"
     for name, most in (("h", _MAX_HEADS), ("Dk", _MAX_DIMS), ("Dv", _MAX_DIMS), ("S_kv", _MAX_TOKENS - 1)):
-        if getattr(problem, name) > most:
-            return f"triton takes {name} up to {most}, not {getattr(problem, name)}"
+        if getattr(call, name) > most:
+            return f"triton takes {name} up to {most}, not {getattr(call, name)}"
     for name in ("rows", "n", "num_pages"):
-        if getattr(problem, name) >= 2**31 - _SPANS:
-            return f"triton takes {name} below {2**31 - _SPANS}, not {getattr(problem, name)}"
+        if getattr(call, name) >= 2**31 - _SPANS:
+            return f"triton takes {name} below {2**31 - _SPANS}, not {getattr(call, name)}"
     return None
-
-
-@functools.cache
-def _capability(index: int) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(index)
 
 
 @functools.cache
@@ -140,7 +137,7 @@ def run(call: Call, config: Config | None = None) -> tuple[torch.Tensor, torch.T
     """Run a kernel on the current stream; no host synchronisation, no allocation besides out and lse.
 
     Args:
-        call: a checked call that `unavailable` has nothing against.
+        call: a checked call that `limits` has nothing against.
         config: how to launch; None: as `using` says, else the defaults.
 
     Returns:
@@ -150,7 +147,7 @@ def run(call: Call, config: Config | None = None) -> tuple[torch.Tensor, torch.T
         KernelLaunchError: the launch was refused, as where a configuration takes too much shared memory.
         RuntimeError: any other CUDA error; every later call may fail as well.
     """
-    p = call.problem
+    p = call
     shape = (p.B, p.S, p.G, p.h)
     out = call.out if call.out is not None else call.v.new_empty((*shape, p.Dv))
     lse = torch.empty(shape, dtype=torch.float32, device=call.q.device) if call.return_lse else None
@@ -187,9 +184,8 @@ def launch(call: Call, out: torch.Tensor, lse: torch.Tensor | None, config: Conf
     """
     kernels, why = _load()
     assert kernels is not None, why
-    p = call.problem
-    selection = call.ranges if call.ranges is not None else call.block_indices
-    assert selection is not None
+    p = call
+    selection = call.selection
     kernel = kernels.dense if p.n == 1 else kernels.varlen
     return kernel, {
         "q": call.q,
@@ -213,13 +209,12 @@ def launch(call: Call, out: torch.Tensor, lse: torch.Tensor | None, config: Conf
         "S_kv": p.S_kv,
         "n": p.n,
         "num_pages": p.num_pages,
-        # a block never holds more than the cache; cut to it, a product with a block id stays in 64 bits
-        "block_size": min(p.block_size, max(p.S_kv, 1)),
+        "block_size": p.block_size,
         "scale": call.scale * _LOG2_E,
         "DK": p.Dk,
         "DV": p.Dv,
         "PAGE_SIZE": p.page_size,
-        "BLOCKS": p.blocks,
+        "BLOCKS": p.block_indices is not None,
         "CAUSAL": p.causal,
         "H": _padded(p.h),
         "N": config.block_tokens,

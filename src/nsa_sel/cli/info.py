@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Annotated, Any
 
 import torch
@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 import nsa_sel
-from nsa_sel import api, facts, policy, switches
+from nsa_sel import execute, facts, policy, switches
+from nsa_sel.check import check
 from nsa_sel.demo.shapes import SHAPES, Shape
-from nsa_sel.problem import Problem
 
 
 def register(app: typer.Typer) -> None:
@@ -99,12 +99,14 @@ def _device(index: int) -> dict[str, Any]:
 
 
 def _routed(index: int, shape: Shape) -> nsa_sel.Decision:
-    problem = Problem(
-        B=1, S=1, G=shape.G, h=shape.h, Dk=shape.Dk, Dv=shape.Dv, S_kv=65536, n=shape.n, dtype="bfloat16",
-        device_type="cuda", device_index=index, blocks=True, block_size=shape.block_size,
-        max_selected=shape.n * shape.block_size,
-    )  # fmt: skip
-    return api.route(problem)
+    """Route a decode step of these dims as if its tensors lay on this GPU."""
+    q, k, v = (
+        torch.empty((1, *dims), dtype=torch.bfloat16, device="meta")
+        for dims in ((1, shape.G, shape.h, shape.Dk), (shape.G, 65536, shape.Dk), (shape.G, 65536, shape.Dv))
+    )
+    blocks = torch.empty((1, 1, shape.G, shape.n), dtype=torch.int32, device="meta")
+    call = check(q, k, v, block_indices=blocks, block_size=shape.block_size)
+    return execute.route(replace(call, device_type="cuda", device_index=index))
 
 
 def show(found: dict[str, Any], console: Console) -> None:

@@ -20,10 +20,12 @@ struct PlannedLaunch {
 };
 
 // Returns 0, or 1 with a message where the planner refuses.
-int machine_plan(const nsa_sel::DecodeRequest* request, const nsa_sel::DeviceLimits* device, PlannedLaunch* out,
-                 char* message, int message_bytes) {
+int machine_plan(const void* request, const nsa_sel::DeviceLimits* device, PlannedLaunch* out, char* message,
+                 int message_bytes) {
   try {
-    prepared = prepare_decode(*request, *device);
+    nsa_sel::DecodeRequest r;
+    std::memcpy(&r, request, sizeof r);  // packed by Python, which promises no alignment
+    prepared = prepare_decode(r, *device);
   } catch (const std::exception& error) {
     std::snprintf(message, size_t(message_bytes), "%s", error.what());
     return 1;

@@ -1,4 +1,4 @@
-"""Checks the arguments of a call and turns them into a `Call`.
+"""Tensors to a `Call`: every argument is checked here, and an error names it, what was expected and what came.
 
 The good case is a handful of comparisons per tensor; texts are put together only when something is wrong.
 """
@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch.autograd import forward_ad
 
+from nsa_sel.call import Call
 from nsa_sel.errors import ArgumentError, ArgumentTypeError, AutogradError
-from nsa_sel.problem import Call, Problem
 
 DTYPE_NAMES = {
     torch.float16: "float16",
@@ -24,7 +24,6 @@ DTYPE_NAMES = {
 _FLOATS = tuple(DTYPE_NAMES)
 _INDICES = (torch.int32, torch.int64)
 _LENGTHS = (torch.int32,)
-KERNEL_ALIGNMENT = 16  # bytes: the kernel loads K and V 16 bytes at a time
 
 
 def check(
@@ -62,12 +61,11 @@ def check(
     if q.stride()[-1] != 1 and Dk > 1:
         raise _not_contiguous("q", q)
 
-    paged = block_table is not None
     if block_table is None:
         _require("k", k, (dtype,), (B, G, None, Dk), ("B", "G", "S_kv", "Dk"), device)
         S_kv = k.shape[2]
         _require("v", v, (dtype,), (B, G, S_kv, None), ("B", "G", "S_kv", "Dv"), device)
-        page_size = num_pages = 0
+        page_size = num_pages = num_tables = 0
     else:
         _require("k", k, (dtype,), (None, G, None, Dk), ("P", "G", "page_size", "Dk"), device)
         num_pages, _, page_size, _ = k.shape
@@ -75,6 +73,7 @@ def check(
         if page_size < 1:
             raise _mismatch("k", k, (dtype,), "[P, G, page_size >= 1, Dk]")
         _require("block_table", block_table, (torch.int32,), (B, None), ("B", "max_pages"), device)
+        num_tables = block_table.shape[0]
         S_kv = block_table.shape[1] * page_size
     Dv = v.shape[3]
     if not Dv:
@@ -86,15 +85,13 @@ def check(
         if block_size is not None:
             raise ArgumentError(f"block_size: expected None with ranges, got {block_size!r}")
         _require("ranges", ranges, _INDICES, (B, S, G, None, 2), ("B", "S", "G", "n", ""), device)
-        selection, bound = ranges, None
         n = ranges.shape[3]
     else:
         if block_indices is None:
             raise ArgumentError("ranges, block_indices: expected exactly one of them, got neither")
         _require("block_indices", block_indices, _INDICES, (B, S, G, None), ("B", "S", "G", "n"), device, False)
         block_size = _integer("block_size", block_size, 1, "with block_indices")
-        selection, n = block_indices, block_indices.shape[3]
-        bound = n * min(block_size, S_kv)  # a block never holds more than the cache
+        n = block_indices.shape[3]
 
     if seq_lens is not None:
         _require("seq_lens", seq_lens, _LENGTHS, (B,), ("B",), device, False)
@@ -102,7 +99,7 @@ def check(
     _flag("return_lse", return_lse)
     _flag("batch_invariant", batch_invariant)
     if max_selected is not None:
-        bound = _integer("max_selected", max_selected, 0, "or None")
+        max_selected = _integer("max_selected", max_selected, 0, "or None")
     scale = Dk**-0.5 if softmax_scale is None else _finite("softmax_scale", softmax_scale)
 
     requires_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
@@ -111,40 +108,14 @@ def check(
     if out is not None:
         _check_out(out, (B, S, G, h, Dv), dtype, device, requires_grad)
 
-    on_cuda = device.type == "cuda"
-    problem = Problem(
-        B, S, G, h, Dk, Dv, S_kv, n, DTYPE_NAMES[dtype], device.type, device.index or 0,
-        paged, page_size, num_pages, block_indices is not None, block_size or 0, selection.element_size() * 8,
-        bound, causal, misalignment(q, k, v) if on_cuda else None, requires_grad, return_lse, batch_invariant,
-    )  # fmt: skip
     return Call(
-        q, k, v, ranges, block_indices, block_size, seq_lens, block_table,
-        causal, bound, scale, return_lse, batch_invariant, out, problem,
+        q=q, k=k, v=v, ranges=ranges, block_indices=block_indices, seq_lens=seq_lens, block_table=block_table, out=out,
+        B=B, S=S, G=G, h=h, Dk=Dk, Dv=Dv, S_kv=S_kv, n=n,
+        page_size=page_size, num_pages=num_pages, num_tables=num_tables, block_size=block_size or 0,
+        dtype=DTYPE_NAMES[dtype], device_type=device.type, device_index=device.index or 0,
+        causal=causal, max_selected=max_selected, scale=scale, return_lse=return_lse, batch_invariant=batch_invariant,
+        requires_grad=requires_grad,
     )  # fmt: skip
-
-
-def misalignment(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> str | None:
-    """Say which base or stride of q, k, v is no multiple of 16 bytes; None where all are."""
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        size, bits = tensor.element_size(), tensor.data_ptr()
-        for stride in tensor.stride()[:-1]:
-            bits |= stride * size
-        if bits % KERNEL_ALIGNMENT:
-            why = _misaligned(name, tensor)
-            if why is not None:
-                return why
-    return None
-
-
-def _misaligned(name: str, tensor: torch.Tensor) -> str | None:
-    if tensor.data_ptr() % KERNEL_ALIGNMENT:
-        return f"{name}: expected a base address of a multiple of 16 bytes, got {tensor.data_ptr():#x}"
-    size = tensor.element_size()
-    for extent, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
-        if extent > 1 and stride * size % KERNEL_ALIGNMENT:  # nobody steps along a dimension of one
-            got = [s * size for s in tensor.stride()[:-1]]
-            return f"{name}: expected strides of multiples of 16 bytes, got {got} bytes"
-    return None
 
 
 def _not_a_tensor(name: str, value: object) -> Exception:

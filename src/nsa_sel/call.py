@@ -1,0 +1,105 @@
+"""`Call`: one checked call, the only form in which routing, the backends, the binding and the emulator see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+KERNEL_ALIGNMENT = 16  # bytes: the kernel loads q, K and V 16 bytes at a time
+
+
+@dataclass(slots=True, kw_only=True)
+class Call:
+    """The checked arguments of one call and what follows from them; built by `check` and by nobody else.
+
+    `max_selected` is a bound of L: the caller's promise, what the selection can hold at the most, or the smaller of
+    both; None where nothing is known but the size of the cache. `block_size` is cut to the cache: a block longer than
+    the cache covers it and every other one starts behind it, so that products with a block id stay small.
+    """
+
+    q: torch.Tensor  # [B, S, G, h, Dk]
+    k: torch.Tensor  # [B, G, S_kv, Dk], paged: [P, G, page_size, Dk]
+    v: torch.Tensor  # [B, G, S_kv, Dv], paged: [P, G, page_size, Dv]
+    ranges: torch.Tensor | None = None  # [B, S, G, n, 2] int32 | int64
+    block_indices: torch.Tensor | None = None  # [B, S, G, n] int32 | int64
+    counts: torch.Tensor | None = None  # [B, S, G] int32
+    seq_lens: torch.Tensor | None = None  # [B] int32
+    block_table: torch.Tensor | None = None  # [R, max_pages] int32
+    table_rows: torch.Tensor | None = None  # [B] int32
+    out: torch.Tensor | None = None  # [B, S, G, h, Dv]
+
+    B: int  # batch entries
+    S: int  # query positions per batch entry
+    G: int  # KV groups
+    h: int  # query heads per group
+    Dk: int
+    Dv: int
+    S_kv: int  # tokens the cache can hold per batch entry (paged: max_pages * page_size)
+    n: int  # selection slots per row
+    page_size: int = 0  # tokens; 0 where the cache is not paged
+    num_pages: int = 0  # P, physical pages; 0 where the cache is not paged
+    num_tables: int = 0  # R, rows of block_table; 0 where the cache is not paged
+    block_size: int = 0  # l_sel in tokens, at most S_kv; 0 for ranges
+
+    dtype: str  # "float16" | "bfloat16" | "float32" | "float64"
+    device_type: str = "cpu"  # "cpu" | "cuda" | what else torch calls a device
+    device_index: int = 0
+    causal: bool = True
+    max_selected: int | None = None  # a bound of L in tokens
+    scale: float  # of the logits
+    return_lse: bool = False
+    batch_invariant: bool = False
+    requires_grad: bool = False
+
+    rows: int = field(init=False)  # rows (b, s, g)
+    largest: int = field(init=False)  # the most tokens that a row can select, whatever the values are
+
+    def __post_init__(self) -> None:
+        """Derive every bound, here and nowhere else."""
+        self.rows = self.B * self.S * self.G
+        if self.block_size > self.S_kv:
+            self.block_size = max(self.S_kv, 1)
+        self.largest = self.n * (self.block_size or self.S_kv)
+        if self.max_selected is not None:
+            self.max_selected = min(self.max_selected, self.largest)
+        elif self.block_size:
+            self.max_selected = self.largest
+
+    @property
+    def selection(self) -> torch.Tensor:
+        """The ranges or the block indices, whichever the call has."""
+        selection = self.ranges if self.ranges is not None else self.block_indices
+        assert selection is not None
+        return selection
+
+    @property
+    def paged(self) -> bool:
+        """Whether k and v are pools of pages."""
+        return self.block_table is not None
+
+    @property
+    def problem(self) -> Call:
+        """The call itself, for backends that still tell the two apart."""
+        return self
+
+    def misaligned(self) -> str | None:
+        """Say which base or stride of q, k, v is no multiple of 16 bytes; None where all are."""
+        for name, tensor in (("q", self.q), ("k", self.k), ("v", self.v)):
+            size, bits = tensor.element_size(), tensor.data_ptr()
+            for stride in tensor.stride()[:-1]:
+                bits |= stride * size
+            if bits % KERNEL_ALIGNMENT and (why := _misaligned(name, tensor)) is not None:
+                return why
+        return None
+
+
+def _misaligned(name: str, tensor: torch.Tensor) -> str | None:
+    if tensor.data_ptr() % KERNEL_ALIGNMENT:
+        return f"{name}: expected a base address of a multiple of 16 bytes, got {tensor.data_ptr():#x}"
+    size = tensor.element_size()
+    for extent, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
+        if extent > 1 and stride * size % KERNEL_ALIGNMENT:  # a size-1 dimension may have any stride
+            got = [s * size for s in tensor.stride()[:-1]]
+            return f"{name}: expected strides of multiples of 16 bytes, got {got} bytes"
+    return None

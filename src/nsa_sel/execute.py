@@ -1,0 +1,137 @@
+"""Runs a checked call: asks routing for a backend, runs it, counts it, and remembers launches that a device refused."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from typing import Any
+
+import torch
+
+from nsa_sel import _build, backends, debug, routing, stats, switches
+from nsa_sel import policy as policies
+from nsa_sel.backends import cuda
+from nsa_sel.call import Call
+from nsa_sel.check import check
+from nsa_sel.errors import KernelLaunchError, PlanError
+from nsa_sel.routing import Decision
+
+_lock = threading.Lock()
+_refused: frozenset[tuple[int, str]] = frozenset()  # (device index, kernel): never tried again by "auto"
+_policy: policies.Policy | None = None
+_policy_read = False
+_warned_no_kernels = False
+
+
+def attend(backend: str, /, *arguments: Any, **keywords: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Check the arguments of `selection_attention` and run it: out, and with `return_lse` (out, lse)."""
+    out, lse = run(check(*arguments, **keywords), backend)
+    return out if lse is None else (out, lse)
+
+
+def run(call: Call, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run a checked call on the backend that `route` chooses, and count it once it has run."""
+    decision = route(call, backend)
+    if backend == "auto" and call.device_type == "cuda":
+        _warn_once_without_kernels()
+    while True:
+        try:
+            result = _run_on(decision, call)
+            break
+        except PlanError as error:
+            if backend != "auto":
+                raise
+            decision = Decision("sdpa", f"no launch of the kernel fits: {error}")
+        except KernelLaunchError as error:
+            if backend != "auto" or decision.backend == "sdpa":
+                raise
+            if decision.backend == "cuda":
+                _remember_refusal(call, error)
+                decision = route(call, backend)  # without the kernel that was refused
+            else:
+                decision = Decision("sdpa", f"{decision.backend} was refused at launch: {error}")
+    stats.count(decision.backend, decision.reason)
+    return result
+
+
+def route(call: Call, backend: str = "auto") -> Decision:
+    """Decide on this machine, with this build, the policy and the switches as first read."""
+    device = _build.device_info(call.device_index) if call.device_type == "cuda" else None
+    return routing.decide(
+        call,
+        device,
+        _read_policy() if device is not None else None,
+        switches.current(),
+        lambda name: backends.get(name).limits(call, device),
+        _refusal(call),
+        backend,
+    )
+
+
+def _run_on(decision: Decision, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
+    backend_run = backends.get(decision.backend).run
+    if switches.current().debug:
+        return debug.observed(backend_run, call, decision)
+    return backend_run(call)
+
+
+def refresh_routing() -> None:
+    """Read the switches (NSA_SEL_*) and the policy again; they are otherwise read once, by the first call.
+
+    Raises:
+        SwitchError: a switch holds an unknown value.
+        PolicyError: the policy file is missing where NSA_SEL_POLICY names one, or is wrong.
+    """
+    global _policy_read
+    _policy_read = False
+    switches.refresh()
+    _read_policy()
+
+
+def _read_policy() -> policies.Policy | None:
+    global _policy, _policy_read
+    if not _policy_read:
+        named, users = switches.current().policy, policies.user_path()
+        # a file that was named must be there, the user's own need not
+        wanted = named or (users if users.exists() else None)
+        _policy = None if wanted is None else policies.load(wanted)
+        _policy_read = True
+    return _policy
+
+
+def _warn_once_without_kernels() -> None:
+    global _warned_no_kernels
+    build = _build.routing_build()
+    if build.kernels or _warned_no_kernels:
+        return
+    with _lock:
+        first, _warned_no_kernels = not _warned_no_kernels, True
+    if first:
+        warnings.warn(
+            f"nsa_sel: CUDA tensors, but this build has no kernels ({build.reason}); packed SDPA runs instead",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+
+
+def _refusal(call: Call) -> str | None:
+    """Say that the launch of this call's kernel was refused before."""
+    if not _refused or (call.device_index, kernel := cuda.kernel_name(call)) not in _refused:
+        return None
+    return f"kernel {kernel} was refused at launch on this device before"
+
+
+def _remember_refusal(call: Call, error: KernelLaunchError) -> None:
+    """Never try this kernel on this device again, and say so once."""
+    global _refused
+    kernel = cuda.kernel_name(call)
+    with _lock:
+        first = (call.device_index, kernel) not in _refused
+        _refused = _refused | {(call.device_index, kernel)}
+    if first:
+        warnings.warn(
+            f"nsa_sel: kernel {kernel} was refused at launch on device {call.device_index} ({error}); "
+            "packed SDPA runs instead from now on",
+            RuntimeWarning,
+            stacklevel=5,
+        )
