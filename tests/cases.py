@@ -39,6 +39,8 @@ class Case:
     causal: bool = True
     softmax_scale: float | None = None
     layout: str = "contiguous"
+    counts: tuple[int, ...] | None = None  # again and again, as many as there are rows
+    table_rows: tuple[int, ...] | None = None
     seed: int = 0
     heavy: bool = False  # many tokens: a backend that runs in slow motion may leave it to its own longer suite
     options: dict[str, object] = field(default_factory=dict)  # more keywords of the call
@@ -47,6 +49,10 @@ class Case:
         """Make the tensors, NaN in all that is not selected."""
         generator = torch.Generator().manual_seed(1000 + self.seed)
         selection = self.select(self, generator).to(self.index_dtype)
+        counts = None
+        if self.counts is not None:
+            given = [self.counts[i % len(self.counts)] for i in range(self.B * self.S * self.G)]
+            counts = torch.tensor(given, dtype=torch.int32).view(self.B, self.S, self.G)
         return make_inputs(
             ranges=selection if self.block_size is None else None,
             block_indices=None if self.block_size is None else selection,
@@ -54,7 +60,7 @@ class Case:
             h=self.h, Dk=self.Dk, Dv=self.Dv, S_kv=self.S_kv, dtype=self.dtype,
             seq_lens=None if self.seq_lens is None else list(self.seq_lens),
             page_size=self.page_size, causal=self.causal, softmax_scale=self.softmax_scale, layout=self.layout,
-            seed=self.seed,
+            counts=counts, table_rows=None if self.table_rows is None else list(self.table_rows), seed=self.seed,
         )  # fmt: skip
 
 
@@ -211,6 +217,33 @@ def _blocks() -> list[Case]:
     ]  # fmt: skip
 
 
+def _counts() -> list[Case]:
+    some = (0, 1, 3, 6, 99, -5, 2**31 - 1, -(2**31))
+    return [
+        Case("counts", hostile(_EDGES_32), B=4, n=6, counts=some, seed=40),
+        Case("counts-int64", hostile(_EDGES_64), B=4, n=6, index_dtype=torch.int64, counts=some, seed=41),
+        Case("counts-one-span", spans(100), B=4, n=1, counts=(1, 0, 2), seed=42),
+        Case("counts-blocks", block_ids([3, 1, -1, 0, 7, 2**31 - 1]), B=4, block_size=64, counts=some),
+        Case("counts-many", spans(3), n=70, S=2, counts=(70, 33, 0, 64), seed=43),
+        Case("counts-all-zero", spans(100), B=2, counts=(0,), seed=44),
+        Case("counts-pages", spans(60), B=2, page_size=16, seq_lens=(256, 90), counts=(2, 4, 1), seed=45),
+    ]
+
+
+def _table_rows() -> list[Case]:
+    base = Case("", spans(60), B=6, G=2, n=3, page_size=16, seed=46, seq_lens=(200, 201, 202, 90, 91, 17))
+    return [
+        replace(base, name="table-rows-flat", table_rows=(0, 0, 0, 1, 1, 2)),
+        replace(base, name="table-rows-any-order", table_rows=(3, 0, 3, 1, 0, 2)),
+        replace(base, name="table-rows-outside", table_rows=(0, -1, 2**31 - 1, 1, 6, 0)),
+        replace(base, name="table-rows-all-outside", table_rows=(-1, -1, 99, -(2**31), 6, 7)),
+        replace(base, name="table-rows-no-lengths", table_rows=(1, 0, 1, 1, 0, 0), seq_lens=None),
+        replace(base, name="table-rows-draft", table_rows=(0, 1, 1, 0, 2, -1), S=2, n=2),
+        replace(base, name="table-rows-blocks", select=blocks(1), block_size=64, counts=(2, 3, 1),
+                table_rows=(0, 0, 0, 1, 1, -1)),
+    ]  # fmt: skip
+
+
 def _pages() -> list[Case]:
     base = Case("", spans(60), B=2, G=2, n=3, seq_lens=(256, 90), seed=31)
     sizes = [replace(base, name=f"pages-{size}", page_size=size) for size in (1, 2, 16, 64, 128, 256)]
@@ -257,6 +290,8 @@ CASES: tuple[Case, ...] = (
     *_lengths(),
     *_blocks(),
     *_pages(),
+    *_counts(),
+    *_table_rows(),
     *_layouts(),
     *_long(),
 )

@@ -23,8 +23,10 @@ def selection_attention(
     *,
     block_indices: torch.Tensor | None = None,
     block_size: int | None = None,
+    counts: torch.Tensor | None = None,
     seq_lens: torch.Tensor | None = None,
     block_table: torch.Tensor | None = None,
+    table_rows: torch.Tensor | None = None,
     causal: bool = True,
     max_selected: int | None = None,
     softmax_scale: float | None = None,
@@ -56,8 +58,13 @@ def selection_attention(
         ranges: half-open token spans [B, S, G, n, 2], int32 or int64, any values; `end <= start` is an unused slot.
         block_indices: instead of ranges, block ids [B, S, G, n], int32 or int64; negative: unused slot.
         block_size: tokens per block, with block_indices.
-        seq_lens: valid tokens per request [B], int32, clamped to [0, S_kv]; None: S_kv.
-        block_table: logical to physical page [B, max_pages], int32; S_kv is then max_pages * page_size.
+        counts: slots of the selection in use [B, S, G], int32, clamped to [0, n]; the slots behind may hold anything.
+            None: n.
+        seq_lens: valid tokens per batch entry [B], int32, clamped to [0, S_kv]; None: S_kv.
+        block_table: logical to physical page [R, max_pages], int32; S_kv is then max_pages * page_size. R = B without
+            table_rows.
+        table_rows: row of block_table that each batch entry uses [B], int32, so that the query tokens of one request
+            can be entries of their own. Outside [0, R): the entry selects nothing. None: entry b uses row b.
         causal: query s sees `max(0, seq_len - S + s + 1)` tokens; False: all `seq_len`.
         max_selected: promise that no row selects more tokens; steers speed and routing. Results stay right if it is
             broken, but for spans on "sdpa" in a captured CUDA graph, where the rows that break it are NaN.
@@ -80,8 +87,9 @@ def selection_attention(
     attend = ops.attend if torch.compiler.is_compiling() else execute.attend
     return attend(
         backend, q, k, v, ranges,
-        block_indices=block_indices, block_size=block_size, seq_lens=seq_lens, block_table=block_table,
-        causal=causal, max_selected=max_selected, softmax_scale=softmax_scale, return_lse=return_lse,
+        block_indices=block_indices, block_size=block_size, counts=counts, seq_lens=seq_lens,
+        block_table=block_table, table_rows=table_rows, causal=causal, max_selected=max_selected,
+        softmax_scale=softmax_scale, return_lse=return_lse,
         batch_invariant=batch_invariant, out=out,
     )  # fmt: skip
 

@@ -23,7 +23,8 @@ DTYPE_NAMES = {
 }
 _FLOATS = tuple(DTYPE_NAMES)
 _INDICES = (torch.int32, torch.int64)
-_LENGTHS = (torch.int32,)
+_COUNTS = (torch.int32,)
+_MOST_TOKENS = 2**62  # sums of two token ids stay in 64 bits
 
 
 def check(
@@ -34,8 +35,10 @@ def check(
     *,
     block_indices: torch.Tensor | None = None,
     block_size: int | None = None,
+    counts: torch.Tensor | None = None,
     seq_lens: torch.Tensor | None = None,
     block_table: torch.Tensor | None = None,
+    table_rows: torch.Tensor | None = None,
     causal: bool = True,
     max_selected: int | None = None,
     softmax_scale: float | None = None,
@@ -72,9 +75,16 @@ def check(
         _require("v", v, (dtype,), (num_pages, G, page_size, None), ("P", "G", "page_size", "Dv"), device)
         if page_size < 1:
             raise _mismatch("k", k, (dtype,), "[P, G, page_size >= 1, Dk]")
-        _require("block_table", block_table, (torch.int32,), (B, None), ("B", "max_pages"), device)
+        tables, letter = (B, "B") if table_rows is None else (None, "R")
+        _require("block_table", block_table, _COUNTS, (tables, None), (letter, "max_pages"), device)
         num_tables = block_table.shape[0]
         S_kv = block_table.shape[1] * page_size
+        if S_kv > _MOST_TOKENS:
+            raise ArgumentError(f"block_table: expected max_pages * page_size <= 2^62 tokens, got {S_kv}")
+    if table_rows is not None:
+        if block_table is None:
+            raise ArgumentError("table_rows: expected a block_table with it, got none")
+        _require("table_rows", table_rows, _COUNTS, (B,), ("B",), device, False)
     Dv = v.shape[3]
     if not Dv:
         raise _mismatch("v", v, (dtype,), "a last dimension Dv >= 1 in [..., Dv]")
@@ -93,8 +103,10 @@ def check(
         block_size = _integer("block_size", block_size, 1, "with block_indices")
         n = block_indices.shape[3]
 
+    if counts is not None:
+        _require("counts", counts, _COUNTS, (B, S, G), ("B", "S", "G"), device, False)
     if seq_lens is not None:
-        _require("seq_lens", seq_lens, _LENGTHS, (B,), ("B",), device, False)
+        _require("seq_lens", seq_lens, _COUNTS, (B,), ("B",), device, False)
     _flag("causal", causal)
     _flag("return_lse", return_lse)
     _flag("batch_invariant", batch_invariant)
@@ -109,7 +121,8 @@ def check(
         _check_out(out, (B, S, G, h, Dv), dtype, device, requires_grad)
 
     return Call(
-        q=q, k=k, v=v, ranges=ranges, block_indices=block_indices, seq_lens=seq_lens, block_table=block_table, out=out,
+        q=q, k=k, v=v, ranges=ranges, block_indices=block_indices, counts=counts, seq_lens=seq_lens,
+        block_table=block_table, table_rows=table_rows, out=out,
         B=B, S=S, G=G, h=h, Dk=Dk, Dv=Dv, S_kv=S_kv, n=n,
         page_size=page_size, num_pages=num_pages, num_tables=num_tables, block_size=block_size or 0,
         dtype=DTYPE_NAMES[dtype], device_type=device.type, device_index=device.index or 0,

@@ -38,8 +38,10 @@ def row_tokens(
     ranges: torch.Tensor | None,
     block_indices: torch.Tensor | None,
     block_size: int | None,
+    counts: torch.Tensor | None,
     seq_lens: torch.Tensor | None,
     block_table: torch.Tensor | None,
+    table_rows: torch.Tensor | None,
     causal: bool,
     row: tuple[int, int, int],
 ) -> list[int]:
@@ -55,10 +57,16 @@ def row_tokens(
         assert block_indices is not None
         assert block_size is not None
         ids = block_indices[b, s, g].tolist()
-        spans = [(block * block_size, (block + 1) * block_size) for block in ids if block >= 0]
+        # an unused slot stays a slot: counts counts it
+        spans = [(block * block_size, (block + 1) * block_size) if block >= 0 else (0, 0) for block in ids]
+    if counts is not None:
+        spans = spans[: max(0, int(counts[b, s, g]))]
     if block_table is None:
         return selected_tokens(spans, kv_len)
-    return selected_tokens(spans, kv_len, block_table[b].tolist(), page_size, k.shape[0])
+    table_row = b if table_rows is None else int(table_rows[b])
+    if not 0 <= table_row < block_table.shape[0]:
+        return []
+    return selected_tokens(spans, kv_len, block_table[table_row].tolist(), page_size, k.shape[0])
 
 
 def selection_attention_reference(
@@ -69,8 +77,10 @@ def selection_attention_reference(
     *,
     block_indices: torch.Tensor | None = None,
     block_size: int | None = None,
+    counts: torch.Tensor | None = None,
     seq_lens: torch.Tensor | None = None,
     block_table: torch.Tensor | None = None,
+    table_rows: torch.Tensor | None = None,
     causal: bool = True,
     softmax_scale: float | None = None,
     rows: Iterable[tuple[int, int, int]] | None = None,
@@ -92,10 +102,13 @@ def selection_attention_reference(
     out = torch.zeros(len(chosen), h, v.shape[-1], dtype=torch.float64)
     lse = torch.full((len(chosen), h), float("-inf"), dtype=torch.float64)
     for i, (b, s, g) in enumerate(chosen):
-        tokens = row_tokens(q, k, ranges, block_indices, block_size, seq_lens, block_table, causal, (b, s, g))
+        tokens = row_tokens(
+            q, k, ranges, block_indices, block_size, counts, seq_lens, block_table, table_rows, causal, (b, s, g)
+        )
         if not tokens:
             continue
-        keys, values = _fetch(k, block_table, b, g, tokens), _fetch(v, block_table, b, g, tokens)
+        page_ids = None if block_table is None else block_table[b if table_rows is None else int(table_rows[b])]
+        keys, values = _fetch(k, page_ids, b, g, tokens), _fetch(v, page_ids, b, g, tokens)
         logits = scale * (q[b, s, g].detach().to("cpu", torch.float64) @ keys.T)  # [h, L]
         lse[i] = torch.logsumexp(logits, dim=1)
         # where every logit is -inf nothing has weight: softmax would divide 0 by 0, and out is 0 as in an empty row
@@ -106,13 +119,13 @@ def selection_attention_reference(
     return out.view(B, S, G, h, v.shape[-1]), lse.view(B, S, G, h)
 
 
-def _fetch(cache: torch.Tensor, block_table: torch.Tensor | None, b: int, g: int, tokens: list[int]) -> torch.Tensor:
+def _fetch(cache: torch.Tensor, page_ids: torch.Tensor | None, b: int, g: int, tokens: list[int]) -> torch.Tensor:
     """Return the rows [L, D] of one request and group in fp64."""
     where = torch.tensor(tokens, device=cache.device)
-    if block_table is None:
+    if page_ids is None:
         rows = cache[b, g][where]
     else:
         page_size = cache.shape[2]
-        pages = block_table[b].to(torch.int64)[where // page_size]
+        pages = page_ids.to(torch.int64)[where // page_size]
         rows = cache[pages, g, where % page_size]
     return rows.detach().to("cpu", torch.float64)

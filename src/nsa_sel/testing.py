@@ -30,8 +30,10 @@ class Inputs:
     ranges: torch.Tensor | None = None
     block_indices: torch.Tensor | None = None
     block_size: int | None = None
+    counts: torch.Tensor | None = None
     seq_lens: torch.Tensor | None = None
     block_table: torch.Tensor | None = None
+    table_rows: torch.Tensor | None = None
     causal: bool = True
     softmax_scale: float | None = None
 
@@ -56,8 +58,8 @@ class Inputs:
     def tokens(self, row: tuple[int, int, int]) -> list[int]:
         """Return the token ids that a row selects, by the oracle's rules."""
         return row_tokens(
-            self.q, self.k, self.ranges, self.block_indices, self.block_size, self.seq_lens, self.block_table,
-            self.causal, row,
+            self.q, self.k, self.ranges, self.block_indices, self.block_size, self.counts, self.seq_lens,
+            self.block_table, self.table_rows, self.causal, row,
         )  # fmt: skip
 
 
@@ -84,6 +86,8 @@ def make_inputs(
     causal: bool = True,
     softmax_scale: float | None = None,
     layout: str = "contiguous",
+    counts: torch.Tensor | None = None,
+    table_rows: list[int] | None = None,
     seed: int = 0,
 ) -> Inputs:
     """Make N(0, 1) inputs on the CPU for a given selection, with NaN in every K/V row that no query selects.
@@ -93,6 +97,8 @@ def make_inputs(
         S_kv: tokens of the cache; with page_size a multiple of it.
         layout: strides of k and v: "contiguous"; "tokens_first", a view of [B, S_kv, G, D]; "packed", the two slices
             of one tensor [B, G, S_kv, Dk + Dv].
+        counts: [B, S, G] slots in use; what stands behind them is given to the call as it is.
+        table_rows: with page_size, row of the page table that each of the B entries uses; outside [0, B): none.
     """
     selection = ranges if ranges is not None else block_indices
     if selection is None or layout not in LAYOUTS:
@@ -103,19 +109,34 @@ def make_inputs(
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float32).to(dtype)
 
-    q, k, v = normal(B, S, G, h, Dk), normal(B, G, S_kv, Dk), normal(B, G, S_kv, Dv)
+    caches, cache_of = B, list(range(B))
+    if table_rows is not None:
+        cache_of = table_rows
+        caches = 1 + max([row for row in table_rows if 0 <= row < B] or [0])  # one per row of the page table
+    q, k, v = normal(B, S, G, h, Dk), normal(caches, G, S_kv, Dk), normal(caches, G, S_kv, Dv)
     lengths = None if seq_lens is None else torch.tensor(seq_lens, dtype=torch.int32)
-    flat = Inputs(q, k, v, ranges, block_indices, block_size, lengths, None, causal, softmax_scale)
-    selected = torch.zeros(B, G, S_kv, dtype=torch.bool)
+    flat = Inputs(
+        q, k, v, ranges, block_indices=block_indices, block_size=block_size, counts=counts, seq_lens=lengths,
+        causal=causal, softmax_scale=softmax_scale,
+    )  # fmt: skip
+    selected = torch.zeros(caches, G, S_kv, dtype=torch.bool)
     for row in flat.rows():
-        selected[row[0], row[2], flat.tokens(row)] = True
+        if 0 <= cache_of[row[0]] < caches:
+            selected[cache_of[row[0]], row[2], flat.tokens(row)] = True
     k[~selected] = torch.nan
     v[~selected] = torch.nan
     table = None
     if page_size is not None:
-        k, v, table = _paginate(k, v, lengths, page_size, generator)
+        reach = None
+        if seq_lens is not None:
+            longest = [
+                max([n for n, row in zip(seq_lens, cache_of, strict=True) if row == i] or [0]) for i in range(caches)
+            ]
+            reach = torch.tensor(longest, dtype=torch.int32)
+        k, v, table = _paginate(k, v, reach, page_size, generator)
     k, v = _lay_out(k, v, layout)
-    return replace(flat, k=k, v=v, block_table=table)
+    rows = None if table_rows is None else torch.tensor(table_rows, dtype=torch.int32)
+    return replace(flat, k=k, v=v, block_table=table, table_rows=rows)
 
 
 def _paginate(
@@ -163,7 +184,8 @@ def pytorch_in_dtype(inputs: Inputs) -> torch.Tensor:
             keys, values = inputs.k[b, g, tokens], inputs.v[b, g, tokens]
         else:
             size = inputs.k.shape[2]
-            page = inputs.block_table[b, tokens // size].long()
+            table_row = b if inputs.table_rows is None else int(inputs.table_rows[b])
+            page = inputs.block_table[table_row, tokens // size].long()
             keys, values = inputs.k[page, g, tokens % size], inputs.v[page, g, tokens % size]
         out[b, s, g] = torch.softmax(inputs.q[b, s, g] @ keys.T * scale, dim=-1) @ values
     return out

@@ -10,7 +10,7 @@ import torch
 from torch.autograd import forward_ad
 
 import nsa_sel
-from nsa_sel import execute
+from nsa_sel import execute, ops
 from nsa_sel.call import Call
 from nsa_sel.testing import Inputs
 from tests.cases import case
@@ -25,6 +25,12 @@ def fresh_dynamo() -> None:
 
 def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, backend="aot_eager", **options)
+
+
+def operands(inputs: Inputs, **changes: Any) -> list[Any]:
+    """Return what the operator takes before `backend` and `requires_grad`."""
+    given = {"max_selected": None, "return_lse": False, "batch_invariant": False} | inputs.arguments(**changes)
+    return [given[name] for name in ops._PARAMETERS]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -153,10 +159,7 @@ def test_a_second_derivative_is_not_dropped() -> None:
         return nsa_sel.selection_attention(**inputs.arguments(q=q, k=k, v=v))  # type: ignore[return-value]
 
     def operator(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        result = torch.ops.nsa_sel.selection_attention.default(
-            q, k, v, inputs.ranges, None, None, None, None, True, None, None, False, False, "auto", True
-        )
-        return result[0]
+        return torch.ops.nsa_sel.selection_attention.default(*operands(inputs, q=q, k=k, v=v), "auto", True)[0]
 
     def penalty(function: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, ...]:
         first = torch.autograd.grad(function(*leaves).sum(), leaves, create_graph=True)
@@ -188,9 +191,6 @@ def test_routing_learns_that_gradients_are_required(gradients: bool, monkeypatch
 def test_the_operator_is_well_formed(name: str, gradients: bool, lse: bool) -> None:
     inputs = case(name).inputs()
     q, k, v = (t.nan_to_num(0.0).requires_grad_(gradients) for t in (inputs.q, inputs.k, inputs.v))
-    arguments = (
-        q, k, v, inputs.ranges, inputs.block_indices, inputs.block_size, inputs.seq_lens, inputs.block_table,
-        True, None, None, lse, False, "auto", gradients,
-    )  # fmt: skip
+    arguments = (*operands(inputs, q=q, k=k, v=v, return_lse=lse), "auto", gradients)
     results = torch.library.opcheck(torch.ops.nsa_sel.selection_attention.default, arguments)
     assert set(results.values()) == {"SUCCESS"}

@@ -42,6 +42,7 @@ ValueBad, TypeBad, GradBad = nsa_sel.ArgumentError, nsa_sel.ArgumentTypeError, n
 Z, M = torch.zeros, "meta"
 I16, I32, I64, BOOL = torch.int16, torch.int32, torch.int64, torch.bool
 F16, BF16, C64 = torch.float16, torch.bfloat16, torch.complex64
+HUGE = torch.empty_strided((0, 3, 2**61, 16), (0, 0, 0, 1))  # pages that hold more tokens than 64 bits can add up
 BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("q-rank", good(q=Z(2, 3, 4, 16)), ValueBad, r"q: expected .*\[B, S, G, h, Dk\], got float32 \[2, 3, 4, 16\]"),
     ("q-dtype", good(q=Z(2, 1, 3, 4, 16, dtype=I32)), TypeBad, r"q: expected float16 .*, got int32"),
@@ -93,6 +94,17 @@ BAD: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("seq-lens-int", good(seq_lens=7), TypeBad, r"seq_lens: .*got int"),
     ("table-dtype", paged(block_table=Z(2, 4, dtype=I64)), TypeBad, r"block_table: expected int32 .*got int64"),
     ("table-shape", paged(block_table=Z(4, dtype=I32)), ValueBad, r"block_table: .*\[B=2, max_pages\], got"),
+    ("table-batch", paged(block_table=Z(3, 4, dtype=I32)), ValueBad, r"block_table: .*\[B=2, max_pages\], got"),
+    ("table-huge", paged(k=HUGE, v=HUGE), ValueBad, r"block_table: .*<= 2\^62 tokens, got 9223372036854775808"),
+    ("rows-dtype", paged(table_rows=Z(2, dtype=I64)), TypeBad, r"table_rows: expected int32 \[B=2\], got int64"),
+    ("rows-shape", paged(table_rows=Z(3, dtype=I32)), ValueBad, r"table_rows: expected int32 \[B=2\], got int32 \[3\]"),
+    ("rows-alone", good(table_rows=Z(2, dtype=I32)), ValueBad, r"table_rows: expected a block_table with it, got none"),
+    ("rows-table", paged(table_rows=Z(2, dtype=I32), block_table=Z(4, dtype=I32)), ValueBad,
+     r"block_table: .*\[R, max_pages\], got"),
+    ("rows-device", paged(table_rows=Z(2, dtype=I32, device=M)), ValueBad, r"table_rows: expected device cpu"),
+    ("counts-dtype", good(counts=Z(2, 1, 3, dtype=I64)), TypeBad, r"counts: expected int32 \[B=2, S=1, G=3\], got"),
+    ("counts-shape", good(counts=Z(2, 3, dtype=I32)), ValueBad, r"counts: expected int32 \[B=2, S=1, G=3\], got"),
+    ("counts-list", good(counts=[1]), TypeBad, r"counts: .*strided torch\.Tensor, got list"),
     ("table-stride", paged(block_table=Z(4, 2, dtype=I32).T), ValueBad, r"block_table: expected a contiguous"),
     ("paged-v-pages", paged(v=Z(6, 3, 8, 8)), ValueBad, r"v: expected float32 \[P=7, G=3, page_size=8, Dv\], got"),
     ("paged-k-groups", paged(k=Z(7, 2, 8, 16)), ValueBad, r"k: expected float32 \[P, G=3, page_size, Dk=16\]"),

@@ -18,7 +18,7 @@ import torch
 
 from nsa_sel.backends._gather import Counters, Selection
 from nsa_sel.backends._plan import Chunk
-from nsa_sel.problem import Call
+from nsa_sel.call import Call
 
 _UNIT = 64  # the most tokens copied as one
 _SERIAL = 32768  # elements: index_select copies what is larger one after another
@@ -192,6 +192,8 @@ def _locate(call: Call, selection: Selection, rows: np.ndarray, tokens: int, par
     first = (rows // (problem.S * problem.G))[:, None]
     if call.block_table is not None:
         page, piece = np.divmod(piece, problem.page_size // unit)
+        if call.table_rows is not None:
+            first = call.table_rows.numpy().clip(0, call.num_tables - 1)[first]
         first = call.block_table.numpy()[first, page].astype(np.int64)
         if valid is not None:
             there = (first >= 0) & (first < problem.num_pages)

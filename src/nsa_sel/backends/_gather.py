@@ -41,6 +41,9 @@ def resolve(call: Call) -> Selection:
         seq = torch.full((1, 1), S_kv, dtype=torch.int64, device=device)
     else:
         seq = call.seq_lens.to(torch.int64).clamp(0, S_kv).unsqueeze(1)
+    if call.table_rows is not None:
+        # an entry without a row of the table has no tokens
+        seq = seq.masked_fill(((call.table_rows < 0) | (call.table_rows >= call.num_tables)).unsqueeze(1), 0)
     kv_len = seq
     if call.causal and S > 1:
         kv_len = (kv_len + torch.arange(1 - S, 1, device=device)).clamp_min(0)
@@ -54,10 +57,12 @@ def resolve(call: Call) -> Selection:
     else:
         assert call.block_indices is not None
         ids = call.block_indices.to(torch.int64)
-        # ids beyond the cache are cut to it first, as the size is, so that their product cannot leave 64 bits
-        start = ids.clamp(0, S_kv) * call.block_size
+        # ids are cut to the first block behind the cache, so that their product with the size cannot leave 64 bits
+        start = ids.clamp(0, S_kv // call.block_size + 1) * call.block_size
         length = torch.minimum(start + call.block_size, limit) - torch.minimum(start, limit)
         length = length.masked_fill(ids < 0, 0)
+    if call.counts is not None:
+        length = length.masked_fill(torch.arange(problem.n, device=device) >= call.counts.unsqueeze(-1), 0)
     start, length = start.reshape(rows, problem.n), length.reshape(rows, problem.n)
     ends = length.cumsum(1)
     return Selection(start, length, ends, start - (ends - length), length.sum(1), _bad_page(call, seq))
@@ -66,10 +71,19 @@ def resolve(call: Call) -> Selection:
 def _bad_page(call: Call, seq: torch.Tensor) -> torch.Tensor | None:
     if call.block_table is None:
         return None
-    problem = call.problem
-    first_token = torch.arange(0, problem.S_kv, problem.page_size, device=seq.device)
-    missing = (call.block_table < 0) | (call.block_table >= problem.num_pages)
-    return (missing & (first_token < seq)).any().to(torch.int64).reshape(1)
+    page = torch.arange(call.block_table.shape[1], device=seq.device)
+    missing = (call.block_table < 0) | (call.block_table >= call.num_pages)
+    # per row of the table, which many entries may share: the first token that has no page
+    good = torch.where(missing, page, page.shape[0]).amin(1) if page.shape[0] else page.new_zeros(call.num_tables)
+    bad = (good * call.page_size)[_table_row(call)] < seq.squeeze(1) if call.num_tables else seq.squeeze(1) > 0
+    return bad.any().to(torch.int64).reshape(1)
+
+
+def _table_row(call: Call) -> torch.Tensor:
+    """Return the row [B] of the page table that each batch entry uses; any row for an entry that has none."""
+    if call.table_rows is None:
+        return torch.arange(call.B, device=call.q.device)
+    return call.table_rows.to(torch.int64).clamp(0, call.num_tables - 1)
 
 
 @dataclass(slots=True)
@@ -101,7 +115,8 @@ def locate(call: Call, selection: Selection, rows: torch.Tensor, begin: int, end
         return Index(request, group, token, valid)
 
     page = torch.div(token, problem.page_size, rounding_mode="floor")
-    physical = call.block_table[request, page].to(torch.int64)
+    table_row = request if call.table_rows is None else _table_row(call)[request]
+    physical = call.block_table[table_row, page].to(torch.int64)
     if valid is not None:
         valid = valid & (physical >= 0) & (physical < problem.num_pages)
         physical = physical.masked_fill_(~valid, 0)

@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.runtime.jit import JITFunction
 
 # Sizes that differ from call to call must not each compile a kernel of their own.
-_SIZES = ["S", "G", "h", "S_kv", "n", "num_pages", "block_size"]
+_SIZES = ["S", "G", "h", "S_kv", "n", "num_pages", "num_tables", "block_size"]
 
 
 @triton.jit
@@ -26,14 +26,36 @@ def _row(row, S, G):
 
 
 @triton.jit
-def _kv_len(seq_lens, seq_stride, b, s, S, S_kv, CAUSAL: tl.constexpr):
-    """Return how many tokens query s of request b sees, int64."""
+def _kv_len(seq_lens, seq_stride, b, s, S, S_kv, there, CAUSAL: tl.constexpr):
+    """Return how many tokens query s of batch entry b sees, int64; none where the entry has no pages."""
     seq = S_kv.to(tl.int64)
     if seq_lens is not None:
         seq = tl.minimum(tl.maximum(tl.load(seq_lens + b * seq_stride).to(tl.int64), 0), S_kv)
+    seq = tl.where(there, seq, 0)
     if CAUSAL:
         seq = tl.maximum(seq - S + s + 1, 0)
     return seq
+
+
+@triton.jit
+def _table_row(table_rows, table_rows_stride, b, num_tables):
+    """Return the row of the page table that batch entry b uses, int64, and whether there is one."""
+    table_row = b
+    if table_rows is not None:
+        table_row = tl.load(table_rows + b * table_rows_stride).to(tl.int64)
+        there = (table_row >= 0) & (table_row < num_tables)
+        return tl.where(there, table_row, 0), there
+    return table_row, b >= 0
+
+
+@triton.jit
+def _slots(counts, counts_strides, b, s, g, n):
+    """Return how many slots of row (b, s, g) are in use, int32."""
+    used = n
+    if counts is not None:
+        place = counts + b * counts_strides[0] + s * counts_strides[1] + g * counts_strides[2]
+        used = tl.minimum(tl.maximum(tl.load(place), 0), n)
+    return used
 
 
 @triton.jit
@@ -165,18 +187,20 @@ def _write(
 
 @triton.jit(do_not_specialize=_SIZES)
 def dense(
-    q, k, v, selection, seq_lens, table, out, lse,
-    q_strides, k_strides, v_strides, sel_strides, out_strides, seq_stride, table_strides,
-    S, G, h, S_kv, n, num_pages, block_size, scale,
+    q, k, v, selection, counts, seq_lens, table, table_rows, out, lse,
+    q_strides, k_strides, v_strides, sel_strides, out_strides, counts_strides, seq_stride, table_strides,
+    table_rows_stride, S, G, h, S_kv, n, num_pages, num_tables, block_size, scale,
     DK: tl.constexpr, DV: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCKS: tl.constexpr, CAUSAL: tl.constexpr,
     H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, E: tl.constexpr, C: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Attend rows of one span (n = 1)."""
     row = tl.program_id(0)
     b, s, g = _row(row, S, G)
-    kv_len = _kv_len(seq_lens, seq_stride, b, s, S, S_kv, CAUSAL)
+    table_row, there = _table_row(table_rows, table_rows_stride, b, num_tables)
+    kv_len = _kv_len(seq_lens, seq_stride, b, s, S, S_kv, there, CAUSAL)
+    used = _slots(counts, counts_strides, b, s, g, n)
     selection += b * sel_strides[0] + s * sel_strides[1] + g * sel_strides[2]
-    starts, lengths = _spans(selection, sel_strides[3], 0, n, S_kv, block_size, kv_len, BLOCKS, C)
+    starts, lengths = _spans(selection, sel_strides[3], 0, used, S_kv, block_size, kv_len, BLOCKS, C)
     start, L = tl.sum(starts, 0), tl.sum(lengths, 0)  # unused slots hold zeros
 
     q += b * q_strides[0] + s * q_strides[1] + g * q_strides[2]
@@ -186,7 +210,7 @@ def dense(
         k += b * k_strides[0]
         v += b * v_strides[0]
     else:
-        table += b * table_strides[0]
+        table += table_row * table_strides[0]
 
     top = tl.full((H,), float("-inf"), tl.float32)
     total = tl.zeros((H,), tl.float32)
@@ -213,9 +237,9 @@ def dense(
 
 @triton.jit(do_not_specialize=_SIZES)
 def varlen(
-    q, k, v, selection, seq_lens, table, out, lse,
-    q_strides, k_strides, v_strides, sel_strides, out_strides, seq_stride, table_strides,
-    S, G, h, S_kv, n, num_pages, block_size, scale,
+    q, k, v, selection, counts, seq_lens, table, table_rows, out, lse,
+    q_strides, k_strides, v_strides, sel_strides, out_strides, counts_strides, seq_stride, table_strides,
+    table_rows_stride, S, G, h, S_kv, n, num_pages, num_tables, block_size, scale,
     DK: tl.constexpr, DV: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCKS: tl.constexpr, CAUSAL: tl.constexpr,
     H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, E: tl.constexpr, C: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
@@ -225,7 +249,9 @@ def varlen(
     """
     row = tl.program_id(0)
     b, s, g = _row(row, S, G)
-    kv_len = _kv_len(seq_lens, seq_stride, b, s, S, S_kv, CAUSAL)
+    table_row, there = _table_row(table_rows, table_rows_stride, b, num_tables)
+    kv_len = _kv_len(seq_lens, seq_stride, b, s, S, S_kv, there, CAUSAL)
+    used = _slots(counts, counts_strides, b, s, g, n)
     selection += b * sel_strides[0] + s * sel_strides[1] + g * sel_strides[2]
 
     q += b * q_strides[0] + s * q_strides[1] + g * q_strides[2]
@@ -235,12 +261,12 @@ def varlen(
         k += b * k_strides[0]
         v += b * v_strides[0]
     else:
-        table += b * table_strides[0]
+        table += table_row * table_strides[0]
 
     top = tl.full((H,), float("-inf"), tl.float32)
     total = tl.zeros((H,), tl.float32)
-    for slot in range(0, n, C):
-        starts, lengths = _spans(selection, sel_strides[3], slot, n, S_kv, block_size, kv_len, BLOCKS, C)
+    for slot in range(0, used, C):
+        starts, lengths = _spans(selection, sel_strides[3], slot, used, S_kv, block_size, kv_len, BLOCKS, C)
         L = tl.sum(lengths, 0)  # of these C spans
         for first in range(0, L, N):
             position = first + tl.arange(0, N)
@@ -252,8 +278,8 @@ def varlen(
             top, total = _count(logits, top, total)
 
     result = tl.zeros((H, E), tl.float32)
-    for slot in range(0, n, C):
-        starts, lengths = _spans(selection, sel_strides[3], slot, n, S_kv, block_size, kv_len, BLOCKS, C)
+    for slot in range(0, used, C):
+        starts, lengths = _spans(selection, sel_strides[3], slot, used, S_kv, block_size, kv_len, BLOCKS, C)
         L = tl.sum(lengths, 0)  # of these C spans
         for first in range(0, L, N):
             position = first + tl.arange(0, N)

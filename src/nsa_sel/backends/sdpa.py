@@ -102,7 +102,9 @@ class _Attention(torch.autograd.Function):
         out, lse = forward(call, budget)
         ctx.set_materialize_grads(False)
         # saved, and not just kept, so that autograd notices when one is changed in place before the backward pass
-        ctx.save_for_backward(q, k, v, out, call.ranges, call.block_indices, call.seq_lens, call.block_table)
+        ctx.save_for_backward(
+            q, k, v, out, call.ranges, call.block_indices, call.counts, call.seq_lens, call.block_table, call.table_rows
+        )
         ctx.call, ctx.budget = call, budget
         return out, lse
 
@@ -161,7 +163,8 @@ def _prepare(call: Call, budget: int, capturing: bool) -> _Work:
     problem, count = call.problem, Counters(calls=1)
     selection = _gather.resolve(call)
     # without one slot, token or page there is no memory that a gather could point at
-    if not (problem.rows and problem.n and problem.S_kv and (problem.num_pages or not problem.paged)):
+    pool = (problem.num_pages and problem.num_tables) or not problem.paged
+    if not (problem.rows and problem.n and problem.S_kv and pool):
         return _Work(selection, np.zeros(0), None, [], count, on_host=False)
     if not capturing:
         lengths, order, masked = _read_back(selection, count)

@@ -113,7 +113,7 @@ def limits(call: Call, device: DeviceInfo | None) -> str | None:
     for name, most in (("h", _MAX_HEADS), ("Dk", _MAX_DIMS), ("Dv", _MAX_DIMS), ("S_kv", _MAX_TOKENS - 1)):
         if getattr(call, name) > most:
             return f"triton takes {name} up to {most}, not {getattr(call, name)}"
-    for name in ("rows", "n", "num_pages"):
+    for name in ("rows", "n", "num_pages", "num_tables"):
         if getattr(call, name) >= 2**31 - _SPANS:
             return f"triton takes {name} below {2**31 - _SPANS}, not {getattr(call, name)}"
     return None
@@ -192,8 +192,10 @@ def launch(call: Call, out: torch.Tensor, lse: torch.Tensor | None, config: Conf
         "k": call.k,
         "v": call.v,
         "selection": selection,
+        "counts": call.counts,
         "seq_lens": call.seq_lens,
         "table": call.block_table,
+        "table_rows": call.table_rows,
         "out": out,
         "lse": lse,
         "q_strides": call.q.stride()[:4],
@@ -201,14 +203,17 @@ def launch(call: Call, out: torch.Tensor, lse: torch.Tensor | None, config: Conf
         "v_strides": call.v.stride()[:3],
         "sel_strides": selection.stride()[:4],
         "out_strides": out.stride()[:4],
+        "counts_strides": (0, 0, 0) if call.counts is None else call.counts.stride(),
         "seq_stride": 0 if call.seq_lens is None else call.seq_lens.stride(0),
         "table_strides": (0, 0) if call.block_table is None else call.block_table.stride(),
+        "table_rows_stride": 0 if call.table_rows is None else call.table_rows.stride(0),
         "S": p.S,
         "G": p.G,
         "h": p.h,
         "S_kv": p.S_kv,
         "n": p.n,
         "num_pages": p.num_pages,
+        "num_tables": p.num_tables,
         "block_size": p.block_size,
         "scale": call.scale * _LOG2_E,
         "DK": p.Dk,
