@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 
 from nsa_sel import api
+from nsa_sel.check import check
 from nsa_sel.errors import ArgumentError, ArgumentTypeError, AutogradError, BackendError
 from nsa_sel.merge import merge_states
 from nsa_sel.ranges import blocks_to_ranges
-from nsa_sel.validation import check
 
 # Its name until torch 2.13, where it warns of the new one; a torch without torch.distributed has neither.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
@@ -26,8 +26,10 @@ def selection_attention(
     *,
     block_indices: torch.Tensor | None = None,
     block_size: int | None = None,
+    counts: torch.Tensor | None = None,
     seq_lens: torch.Tensor | None = None,
     block_table: torch.Tensor | None = None,
+    table_rows: torch.Tensor | None = None,
     causal: bool = True,
     max_selected: int | None = None,
     softmax_scale: float | None = None,
@@ -48,12 +50,13 @@ def selection_attention(
     it holds every W-th run of m tokens instead: token t lies on rank t // m % W, behind that rank's earlier tokens.
 
     Args:
-        q, ranges, block_indices, block_size, seq_lens, causal, max_selected, softmax_scale, batch_invariant, backend:
-            as in `nsa_sel.selection_attention`, the same on every rank. Spans, blocks and lengths count the tokens of
-            the whole sequence, whose S_kv is W N.
+        q, ranges, block_indices, block_size, counts, seq_lens, table_rows, causal, max_selected, softmax_scale,
+            batch_invariant, backend: as in `nsa_sel.selection_attention`, the same on every rank. Spans, blocks and
+            lengths count the tokens of the whole sequence, whose S_kv is W N.
         k: this rank's keys [B, G, N, Dk], paged: [P, G, page_size, Dk].
         v: this rank's values [B, G, N, Dv], paged: [P, G, page_size, Dv].
-        block_table: this rank's pages [B, max_pages], int32; N is then max_pages * page_size.
+        block_table: this rank's pages [B, max_pages], with table_rows [R, max_pages], int32; N is then max_pages *
+            page_size.
         return_lse: also return lse.
         group: the process group; None: the default one. NCCL for CUDA tensors, gloo for CPU tensors.
         interleave: tokens per run, a divisor of N; None: one run, of N tokens.
@@ -76,26 +79,26 @@ def selection_attention(
     rank, world = _rank_and_world(group)
     call = check(
         q, k, v, ranges,
-        block_indices=block_indices, block_size=block_size, seq_lens=seq_lens, block_table=block_table,
-        causal=causal, max_selected=max_selected, softmax_scale=softmax_scale, return_lse=return_lse,
-        batch_invariant=batch_invariant,
+        block_indices=block_indices, block_size=block_size, counts=counts, seq_lens=seq_lens, block_table=block_table,
+        table_rows=table_rows, causal=causal, max_selected=max_selected, softmax_scale=softmax_scale,
+        return_lse=return_lse, batch_invariant=batch_invariant,
     )  # fmt: skip
-    problem = call.problem
-    if problem.requires_grad:
+    if call.requires_grad:
         raise AutogradError("q, k, v: expected no gradients to be required (a distributed call has none), got some")
-    sharded = _sharded_heads(problem.G, problem.h, world) if shard_heads else None
-    shard = Shard(rank, world, _run(interleave, problem.S_kv), problem.S_kv)
+    sharded = _sharded_heads(call.G, call.h, world) if shard_heads else None
+    shard = Shard(rank, world, _run(interleave, call.S_kv), call.S_kv)
     if ranges is None:
         assert block_indices is not None
         assert block_size is not None
         ranges = blocks_to_ranges(block_indices, block_size)
-        bound = problem.n * shard.most_of(block_size)
+        bound = call.n * shard.most_of(block_size)
         max_selected = bound if max_selected is None else min(bound, max_selected)
     local_ranges, local_lens = shard.localize(ranges, seq_lens, causal)
     out, lse = api.selection_attention(
         q, k, v, local_ranges,
-        seq_lens=local_lens, block_table=block_table, causal=False, max_selected=max_selected,
-        softmax_scale=softmax_scale, return_lse=True, batch_invariant=batch_invariant, backend=backend,
+        counts=counts, seq_lens=local_lens, block_table=block_table, table_rows=table_rows, causal=False,
+        max_selected=max_selected, softmax_scale=softmax_scale, return_lse=True, batch_invariant=batch_invariant,
+        backend=backend,
     )  # fmt: skip
     if world > 1:
         out, lse = merge_states(*_exchange(out, lse, shard, group, sharded))

@@ -103,6 +103,8 @@ def make_inputs(
     selection = ranges if ranges is not None else block_indices
     if selection is None or layout not in LAYOUTS:
         raise ValueError(f"make_inputs: expected ranges or block_indices and a layout of {LAYOUTS}, got {layout!r}")
+    if table_rows is not None and page_size is None:
+        raise ValueError("make_inputs: expected a page_size with table_rows, got None")
     B, S, G = selection.shape[:3]
     generator = torch.Generator().manual_seed(seed)
 

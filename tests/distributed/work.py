@@ -29,7 +29,7 @@ LOST_TIMEOUT = 3.0  # seconds that a collective waits for a rank that is lost
 def spread(name: str, rank: int, world: int, interleave: int | None, **more: Any) -> Any:
     """Run a case with its cache spread over the ranks."""
     chosen = case(name)
-    inputs = replace(chosen, page_size=None).inputs()
+    inputs = replace(chosen, page_size=None, table_rows=None).inputs()
     arguments = part_of(inputs, room(chosen.S_kv, rank, world, interleave, chosen.page_size), chosen.page_size)
     return distributed.selection_attention(**arguments | chosen.options, return_lse=True, interleave=interleave, **more)
 
