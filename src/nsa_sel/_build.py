@@ -82,8 +82,8 @@ class BuildInfo:
 @functools.cache
 def _info() -> dict[str, Any]:
     info = dict(core.build_info()) if core is not None else {"kernels": False, "reason": _reason}
-    without = {"cuda_version": None, "compiler": None, "oldest_driver": None, "architectures": [], "instances": []}
-    return {**without, **info, "version": __version__}
+    lists: dict[str, Any] = {"architectures": [], "instances": []}
+    return {"cuda_version": None, "compiler": None, "oldest_driver": None, **lists, **info, "version": __version__}
 
 
 def build_info() -> dict[str, Any]:

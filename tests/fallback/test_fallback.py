@@ -23,12 +23,12 @@ from tests.contract.test_routing import BUILD, H200, NO_KERNELS, OFF, small_call
 class FakeKernels:
     """A kernel backend that refuses its first launches and otherwise lets packed SDPA compute."""
 
-    def __init__(self, refusals: int = 0, error: type[Exception] = KernelLaunchError) -> None:
-        self.refusals, self.error, self.launches = refusals, error, 0
+    def __init__(self, refusals: int = 0, error: type[Exception] = KernelLaunchError, name: str = "cuda") -> None:
+        self.refusals, self.error, self.name, self.launches = refusals, error, name, 0
 
     def limits(self, call: Call, device: DeviceInfo | None) -> str | None:
         build = _build.routing_build()
-        return None if build.kernels else f"this build has no kernels: {build.reason}"
+        return None if build.kernels or self.name != "cuda" else f"this build has no kernels: {build.reason}"
 
     def run(self, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
         self.launches += 1
@@ -155,7 +155,7 @@ def test_a_refused_triton_launch_falls_back_too(pretend: Any, monkeypatch: pytes
     monkeypatch.setenv("NSA_SEL_TRITON", "1")
     monkeypatch.setenv("NSA_SEL_TRITON_MIN_L", "1")
     nsa_sel.refresh_routing()
-    refusing = FakeKernels(refusals=9)
+    refusing = FakeKernels(refusals=9, name="triton")
     pretend(FakeKernels(), build=NO_KERNELS)
     known = backends.get
     monkeypatch.setattr(backends, "get", lambda name: refusing if name == "triton" else known(name))

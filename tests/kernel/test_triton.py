@@ -66,7 +66,7 @@ def test_triton_is_interpreted_where_it_is_installed() -> None:
         ({"Dk": 257}, "triton takes Dk up to 256, not 257"),
         ({"Dv": 512}, "triton takes Dv up to 256, not 512"),
         ({"S_kv": 2**26}, "triton takes S_kv up to 67108863, not 67108864"),
-        ({"B": 2**31}, "triton takes rows below 2147483616, not 2147483648"),
+        ({"B": 2**30}, "triton takes rows below 2147483616, not 2147483648"),
         ({"n": 2**31}, "triton takes n below 2147483616, not 2147483648"),
     ],
 )
