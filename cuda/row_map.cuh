@@ -59,7 +59,8 @@ __device__ __forceinline__ Span clamp_span(const DecodeParams& p, const RawSpan&
     end = min(start + p.block_size, static_cast<long long>(kv_len));
   } else {
     start = max(raw.first, 0ll);
-    end = min(raw.second, static_cast<long long>(kv_len));
+    // Without the lower bound the compiler tests end - start > 0, which overflows for an end of -2^63.
+    end = min(max(raw.second, 0ll), static_cast<long long>(kv_len));
   }
   return end > start ? Span{int(start), int(end - start)} : Span{0, 0};
 }

@@ -5,18 +5,16 @@ from __future__ import annotations
 import ctypes
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from nsa_sel.backends._request import DTYPES, LOADS
 from tests.host_run.abi import Device, limits_of
 from tests.host_run.kernel import buffers_of, describe
 from tests.machine_code import code
-from tests.machine_code.code import Instance
-from tests.machine_code.native import Memory, Model, Result, launch, library
+from tests.machine_code.native import Memory, Model, Program, Result, launch, library
 
 DEVICES = {
     "sm_80": Device(sm_count=108, capability=80, smem_per_block=166_912, smem_per_sm=167_936),  # A100
@@ -24,20 +22,19 @@ DEVICES = {
 }
 
 
-class Planned(ctypes.Structure):
-    """Mirror of `PlannedLaunch` in machine/plan_host.cpp."""
-
+class _Plan(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_int64)
-        for name in (
-            *("dtype", "Dk", "Dv", "head_tile", "loads", "grid", "cluster", "threads", "shared_bytes", "num_slots"),
-            *("num_splits", "workspace_floats", "combine_grid", "combine_threads", "decode_bytes", "combine_bytes"),
-        )
+        for name in ("grid", "num_slots", "full_rows", "split_rows", "num_splits", "cluster", "workspace_floats")
     ]
 
-    def instance(self) -> Instance:
-        """The decode kernel that the planner chose."""
-        return Instance(DTYPES[self.dtype], self.Dk, self.Dv, self.head_tile, LOADS[self.loads])
+
+class _Grid(ctypes.Structure):
+    _fields_ = [
+        ("kernel", ctypes.c_char_p),
+        ("parameters", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("bytes", "grid", "threads", "shared_bytes", "cluster")),
+    ]
 
 
 @dataclass(frozen=True)
@@ -47,9 +44,9 @@ class Run:
     Args:
         out: [B, S, G, h, Dv] in v's dtype.
         lse: [B, S, G, h] fp32, None unless asked for.
-        clocks: model: of the slowest block, and of the second kernel behind it.
-        counts: warp instructions that ran, by opcode, over all blocks of the launch.
-        decode, combine: each grid's own figures; `combine` is None where there was no second kernel.
+        clocks: model: of the slowest block of each grid, added up.
+        counts: warp instructions that ran for at least one lane, by opcode, over all blocks and grids.
+        grids: each grid's own figures by kernel, in the order of their launches.
         plan: of the launch.
     """
 
@@ -57,9 +54,18 @@ class Run:
     lse: torch.Tensor | None
     clocks: int
     counts: Counter[str]
-    decode: Result
-    combine: Result | None
+    grids: dict[str, Result]
     plan: dict[str, int]
+
+    @property
+    def decode(self) -> Result:
+        """Figures of the decode kernel."""
+        return next(iter(self.grids.values()))
+
+    @property
+    def combine(self) -> Result | None:
+        """Figures of the second kernel, where there was one."""
+        return next((r for name, r in self.grids.items() if "combine" in name), None)
 
 
 def selection_attention(
@@ -73,7 +79,8 @@ def selection_attention(
     device: Device | None = None,
     model: Model | None = None,
     loads: str = "cp.async",
-    cubin: Path | None = None,
+    programs: Callable[[str, str], Program] = code.program,
+    limit: int = 10**10,
     **keywords: Any,
 ) -> Run:
     """Run the decode kernel's machine code on CPU tensors; other arguments as in `nsa_sel.selection_attention`.
@@ -84,7 +91,8 @@ def selection_attention(
         device: what the planner sees; an A100 or H100 by default.
         model: what the clock assumes.
         loads: "cp.async", or "bulk": the experimental instances of sm_90.
-        cubin: a decode kernel compiled elsewhere, in place of this package's.
+        programs: gives the machine code of a kernel on an instruction set; the installed package's by default.
+        limit: of instructions, beyond which a grid counts as endless.
 
     Raises:
         MachineCodeError: the machine code did what it must not.
@@ -93,53 +101,43 @@ def selection_attention(
     if arch not in DEVICES:
         raise ValueError(f"arch: expected one of {sorted(DEVICES)}, got {arch!r}")
     call = describe(q, k, v, ranges, num_splits=num_splits, loads=loads, **keywords)
-    planned = plan(call.request, device or DEVICES[arch])
-    workspace = torch.full((max(planned.workspace_floats, 0),), math.nan, dtype=torch.float32)
-    decode = ctypes.create_string_buffer(planned.decode_bytes)
-    combine = ctypes.create_string_buffer(planned.combine_bytes)
-    library().machine_parameters(workspace.data_ptr() if workspace.numel() else None, decode, combine)
+    figures = plan(call.request, device or DEVICES[arch])
+    workspace = torch.full((figures["workspace_floats"],), math.nan, dtype=torch.float32)
     memory = Memory()
     tensors = call.tensors | ({"workspace": (workspace, True)} if workspace.numel() else {})
     for name, start, end, writable in buffers_of(tensors):
         memory.add(name, start, end - start, writable)
-    first, second = Result(), None
-    if planned.grid:
-        first = launch(
-            code.program(planned.instance(), arch, cubin),
+    results = {}
+    for index in range(library().machine_grids(workspace.data_ptr() if workspace.numel() else None)):
+        grid = _Grid()
+        library().machine_grid(index, ctypes.byref(grid))
+        name = grid.kernel.decode()
+        results[name] = launch(
+            programs(name, arch),
             memory,
-            decode.raw,
-            grid=planned.grid,
-            cluster=planned.cluster,
-            threads=planned.threads,
-            shared_bytes=planned.shared_bytes,
+            ctypes.string_at(grid.parameters, grid.bytes),
+            grid=grid.grid,
+            cluster=grid.cluster,
+            threads=grid.threads,
+            shared_bytes=grid.shared_bytes,
             model=model,
+            limit=limit,
         )
-    if planned.combine_grid:
-        second = launch(
-            code.program(Instance(planned.instance().dtype), arch),
-            memory,
-            combine.raw,
-            grid=planned.combine_grid,
-            threads=planned.combine_threads,
-            model=model,
-        )
-    counts = Counter(first.counts) + Counter(second.counts if second else {})
-    clocks = round(first.end + (second.end if second else 0))
-    figures = {name: getattr(planned, name) for name, _ in Planned._fields_}
-    return Run(call.out, call.lse, clocks, counts, first, second, figures)
+    counts = sum((Counter(r.counts) for r in results.values()), Counter())
+    clocks = round(sum(r.end for r in results.values()))
+    return Run(call.out, call.lse, clocks, counts, results, figures)
 
 
-def plan(request: bytes, device: Device) -> Planned:
+def plan(request: bytes, device: Device) -> dict[str, int]:
     """Return what the package's planner makes of a request.
 
     Raises:
         ValueError: what it refuses.
     """
-    lib, planned, message = library(), Planned(), ctypes.create_string_buffer(512)
+    lib, planned, message = library(), _Plan(), ctypes.create_string_buffer(512)
     if lib.machine_request_bytes() != len(request):
         raise RuntimeError(f"request: expected {lib.machine_request_bytes()} bytes, got {len(request)}")
     limits = limits_of(device)
-    refused = lib.machine_plan(request, ctypes.byref(limits), ctypes.byref(planned), message, len(message))
-    if refused:
+    if lib.machine_plan(request, ctypes.byref(limits), ctypes.byref(planned), message, len(message)):
         raise ValueError(message.value.decode())
-    return planned
+    return {name: getattr(planned, name) for name, _ in _Plan._fields_}

@@ -1,47 +1,51 @@
-"""Where the machine code comes from: files of kernels for one architecture, by instance."""
+"""Where the machine code comes from: the installed package's own, or one kernel compiled again with source lines."""
 
 from __future__ import annotations
 
 import functools
+import re
 import subprocess
 import sys
-from dataclasses import dataclass
+import tempfile
 from pathlib import Path
 
+from nsa_sel import _build, facts
 from tests.host_run import build
 from tests.machine_code import listing
 from tests.machine_code.native import ROOT, Program
 
-_ELEMENTS = {"float16": "__half", "bfloat16": "__nv_bfloat16"}
-_DTYPES = {"float16": "kFloat16", "bfloat16": "kBfloat16"}  # enum Dtype
-_LOADS = {"cp.async": "kCpAsync", "bulk": "kBulk"}
+_DECODE = re.compile(r"nsa_sel_decode_(?P<dtype>\w+?)_(?P<Dk>\d+)x(?P<Dv>\d+)_h(?P<tile>\d+)(?P<bulk>_bulk)?")
+_COMBINE = re.compile(r"nsa_sel_combine_(?P<dtype>\w+)")
+_DTYPES = {"float16": ("kFloat16", "__half"), "bfloat16": ("kBfloat16", "__nv_bfloat16")}
 
 
-@dataclass(frozen=True)
-class Instance:
-    """A compiled decode kernel; `combine` kernels have a dtype alone."""
+def _folder() -> Path:
+    folder = ROOT / "build" / "machine_code"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
-    dtype: str
-    Dk: int = 0
-    Dv: int = 0
-    head_tile: int = 0
-    loads: str = "cp.async"
 
-    @property
-    def is_combine(self) -> bool:
-        """The kernel that merges the partials of split rows."""
-        return self.Dk == 0
-
-    def source(self) -> str:
-        """A file that compiles this kernel alone, from the package's sources."""
-        if self.is_combine:
-            name, element = f"nsa_sel_combine_{self.dtype}", _ELEMENTS[self.dtype]
-            kernel = f"NSA_SEL_KERNEL({name}, CombineParams, kCombineThreads, 1) {{ combine_kernel<{element}>(p); }}"
-        else:
-            dims = f"{self.Dk}, {self.Dv}, {self.head_tile}"
-            kernel = f"NSA_SEL_DECODE({_DTYPES[self.dtype]}, {dims}, {_LOADS[self.loads]})"
-        include = '#include "combine_kernel.cuh"\n#include "kernel_entry.cuh"\n'
-        return f"{include}namespace nsa_sel {{\n{kernel}\n}}\n"
+@functools.cache
+def shipped(arch: str) -> dict[str, Path] | None:
+    """Return the files of machine code of the installed package by kernel; None where it was built without kernels."""
+    if not _build.build_info()["kernels"]:
+        return None
+    module = _build.machine_code()
+    folder = _folder() / f"shipped-{build.digest([arch], [module])}"
+    with build.locked(_folder()):
+        if not folder.exists():
+            with tempfile.TemporaryDirectory(dir=_folder()) as parts:
+                command = [str(facts.find_cuobjdump()), "-xelf", f".{arch}.", str(module)]
+                subprocess.run(command, cwd=parts, check=True, capture_output=True)
+                Path(parts).rename(folder)
+                Path(parts).mkdir()  # for the context manager to remove
+    symbols = {}
+    for cubin in sorted(folder.glob("*.cubin")):
+        for symbol in listing.symbols(cubin):
+            symbols[symbol] = cubin
+    if not symbols:
+        raise RuntimeError(f"{module}: expected machine code for {arch}, got none")
+    return symbols
 
 
 @functools.cache
@@ -56,26 +60,41 @@ def _compiler() -> list[str]:
     return [sys.executable, str(script), "compile", "--library", library, "--line-info", *include]
 
 
+def _source(kernel: str) -> str:
+    if found := _DECODE.fullmatch(kernel):
+        dims = f"{found['Dk']}, {found['Dv']}, {found['tile']}"
+        body = f"NSA_SEL_DECODE({_DTYPES[found['dtype']][0]}, {dims}, {'kBulk' if found['bulk'] else 'kCpAsync'})"
+    elif found := _COMBINE.fullmatch(kernel):
+        call = f"{{ combine_kernel<{_DTYPES[found['dtype']][1]}>(p); }}"
+        body = f"NSA_SEL_KERNEL({kernel}, CombineParams, kCombineThreads, 1) {call}"
+    else:
+        raise ValueError(f"kernel: expected a name as nsa_sel_decode_bfloat16_192x128_h16, got {kernel!r}")
+    include = '#include "combine_kernel.cuh"\n#include "kernel_entry.cuh"\n'
+    return f"{include}namespace nsa_sel {{\n{body}\n}}\n"
+
+
 @functools.cache
-def compiled(instance: Instance, arch: str) -> Path:
-    """Compile one kernel of this checkout with line information (the code is the same without it)."""
+def compiled(kernel: str, arch: str) -> Path:
+    """Compile one kernel of this checkout with source lines (the code is the same without them)."""
     headers = sorted([*(ROOT / "cuda").rglob("*.*"), *(ROOT / "cpp").glob("*.h"), ROOT / "cmake" / "nvrtc.py"])
-    folder = ROOT / "build" / "machine_code"
-    folder.mkdir(parents=True, exist_ok=True)
     command = [*_compiler(), "--arch", arch.removeprefix("sm_")]
-    name = build.digest([*command, instance.source()], headers)
-    target, source = folder / f"{name}.cubin", folder / f"{name}.cu"
-    with build.locked(folder):
+    name = build.digest([*command, _source(kernel)], headers)
+    target, source = _folder() / f"{name}.cubin", _folder() / f"{name}.cu"
+    with build.locked(_folder()):
         if not target.exists():
-            source.write_text(instance.source())
+            source.write_text(_source(kernel))
             build.into(target, [*command, "--depfile", str(source.with_suffix(".d")), str(source)])
     return target
 
 
 @functools.cache
-def program(instance: Instance, arch: str, cubin: Path | None = None) -> Program:
-    """Return a kernel's decoded instructions, with source lines; `cubin` takes the place of this checkout's code."""
-    kernels = listing.kernels(listing.listing(cubin or compiled(instance, arch), with_lines=True))
-    if len(kernels) != 1:
-        raise ValueError(f"cubin: expected one kernel, got {sorted(kernels)}")
-    return Program(next(iter(kernels.values())), arch)
+def program(kernel: str, arch: str) -> Program:
+    """Return a kernel's instructions: the installed package's; of a build without kernels, compiled as it would be."""
+    files = shipped(arch)
+    return Program(listing.kernel(files[kernel] if files else compiled(kernel, arch), kernel), arch)
+
+
+@functools.cache
+def with_lines(kernel: str, arch: str, cubin: Path | None = None) -> Program:
+    """Return a kernel compiled with source lines, for the clock's stages; `cubin` is another compile of it."""
+    return Program(listing.kernel(cubin or compiled(kernel, arch), kernel, with_lines=True), arch)

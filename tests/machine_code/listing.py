@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sysconfig
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ class Line:
 class Kernel:
     """A kernel's instructions and the banks of constants that the compiler laid out for it."""
 
+    symbol: str
     lines: list[Line]
     banks: dict[int, bytes]
 
@@ -63,28 +63,42 @@ def _site() -> list[Path]:
     return [Path(p) for p in sys.path if p.endswith("site-packages")]
 
 
-def listing(cubin: Path, with_lines: bool) -> str:
-    """Return nvdisasm's listing of a file of machine code, with the source lines it was inlined from if asked for."""
-    flags = ["-gi"] if with_lines else []
-    command = [str(nvdisasm()), "-hex", *flags, str(cubin)]
+def _run(cubin: Path, *flags: str) -> str:
+    command = [str(nvdisasm()), *flags, str(cubin)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         raise RuntimeError(f"{command}: {result.stderr[:2000]}")
     return result.stdout
 
 
-def kernels(text: str) -> dict[str, Kernel]:
-    """Return the kernels of a listing by symbol."""
-    found, banks = {}, defaultdict(dict)
-    for part in re.split(r"^//-+ (?=\.)", text, flags=re.MULTILINE)[1:]:
-        section = part.split(maxsplit=1)[0]
-        if match := re.match(r"\.nv\.constant(\d+)\.(.+)", section):
-            if int(match[1]) != 0:  # bank 0 holds the parameters
-                banks[match[2]][int(match[1])] = _data(part)
-        elif section.startswith(".text."):
-            symbol = section.removeprefix(".text.")
-            found[symbol] = _parse(symbol, part)
-    return {symbol: Kernel(lines, banks[symbol]) for symbol, lines in found.items()}
+@functools.lru_cache(maxsize=4)
+def _sections(cubin: Path, with_lines: bool) -> dict[str, str]:
+    text = _run(cubin, "-hex", *(["-gi"] if with_lines else []))
+    parts = re.split(r"^//-+ (?=\.)", text, flags=re.MULTILINE)[1:]
+    return {part.split(maxsplit=1)[0]: part for part in parts}
+
+
+@functools.cache
+def symbols(cubin: Path) -> list[str]:
+    """Return the kernels that a file of machine code holds."""
+    return re.findall(r"^\.text\.(\w+):$", _run(cubin, "-c"), flags=re.MULTILINE)
+
+
+def kernel(cubin: Path, symbol: str, with_lines: bool = False) -> Kernel:
+    """Return one kernel of a file, with the source functions that its instructions come from if asked for.
+
+    Raises:
+        ValueError: the file has no such kernel.
+    """
+    sections = _sections(cubin, with_lines)
+    if f".text.{symbol}" not in sections:
+        found = [name.removeprefix(".text.") for name in sections if name.startswith(".text.")]
+        raise ValueError(f"{cubin.name}: expected kernel {symbol}, got {found}")
+    banks = {}
+    for name, part in sections.items():
+        if (match := re.fullmatch(rf"\.nv\.constant(\d+)\.{symbol}", name)) and match[1] != "0":  # 0: parameters
+            banks[int(match[1])] = _data(part)
+    return Kernel(symbol, _parse(symbol, sections[f".text.{symbol}"]), banks)
 
 
 def _data(section: str) -> bytes:

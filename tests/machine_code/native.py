@@ -55,7 +55,7 @@ class _Model(ctypes.Structure):
 class _Launch(ctypes.Structure):
     _fields_ = [
         ("parameters", ctypes.c_void_p),
-        *((n, ctypes.c_int64) for n in ("bytes", "grid", "cluster", "warps", "shared_bytes", "stages")),
+        *((n, ctypes.c_int64) for n in ("bytes", "grid", "cluster", "warps", "shared_bytes", "stages", "limit")),
     ]
 
 
@@ -77,6 +77,8 @@ class Result:
     end: float = 0
     instructions: int = 0
     copied: int = 0  # 16-byte pieces that were copied asynchronously, zeros among them
+    barriers: int = 0  # meetings of warps at BAR.SYNC
+    visited: list[bool] = field(default_factory=list)  # which instructions ran
     counts: dict[str, int] = field(default_factory=dict)
     marks: dict[str, float] = field(default_factory=dict)
     stages: dict[str, Stage] = field(default_factory=dict)
@@ -85,7 +87,10 @@ class Result:
 @functools.cache
 def library() -> ctypes.CDLL:
     """Build (first call) and load the machine together with the package's planner."""
-    sources = [*sorted(HERE.glob("*.cpp")), *(ROOT / "cpp" / name for name in ("dispatch.cpp", "plan.cpp"))]
+    sources = [
+        *sorted(HERE.glob("*.cpp")),
+        *(ROOT / "cpp" / name for name in ("dispatch.cpp", "plan.cpp", "launch.cpp")),
+    ]
     headers = [*sorted(HERE.glob("*.h")), *sorted((ROOT / "cpp").glob("*.h"))]
     folder = ROOT / "build" / "machine_code"
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,8 +116,9 @@ def library() -> ctypes.CDLL:
         getattr(lib, name).argtypes = [ctypes.c_void_p]
     lib.machine_free_program.restype = lib.machine_free_memory.restype = None
     lib.machine_plan.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_char_p, ctypes.c_int]
-    lib.machine_parameters.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_char_p]
-    lib.machine_parameters.restype = None
+    lib.machine_grids.argtypes = [ctypes.c_void_p]
+    lib.machine_grid.argtypes = [ctypes.c_int, ctypes.c_void_p]
+    lib.machine_grid.restype = None
     lib.machine_request_bytes.restype = ctypes.c_int64
     return lib
 
@@ -165,8 +171,9 @@ def launch(
     threads: int,
     shared_bytes: int = 0,
     model: Model | None = None,
+    limit: int = 10**10,
 ) -> Result:
-    """Run every block of a grid.
+    """Run every block of a grid; more than `limit` instructions are a fault.
 
     Raises:
         MachineCodeError: whatever is wrong, with block, warp, address and instruction.
@@ -175,7 +182,14 @@ def launch(
     native_model = _Model(*(getattr(model, f.name) for f in fields(Model)))
     buffer = ctypes.create_string_buffer(parameters, len(parameters))
     request = _Launch(
-        ctypes.addressof(buffer), len(parameters), grid, cluster, threads // 32, shared_bytes, len(program.stages)
+        ctypes.addressof(buffer),
+        len(parameters),
+        grid,
+        cluster,
+        threads // 32,
+        shared_bytes,
+        len(program.stages),
+        limit,
     )
     text = (
         library()
@@ -196,6 +210,8 @@ def launch(
             result.stages[program.stages[int(name)]] = Stage(
                 float(busy), float(stalled), float(slept), int(issued), int(entered)
             )
+        elif kind == "visited":
+            result.visited = [bit == "1" for bit in numbers[0]]
         else:
             setattr(result, kind, float(numbers[0]) if kind == "end" else int(numbers[0]))
     return result

@@ -19,7 +19,7 @@ extern "C" {
 
 struct LaunchRequest {
   const void* parameters;
-  int64_t parameter_bytes, grid, cluster, warps, shared_bytes, stages;
+  int64_t parameter_bytes, grid, cluster, warps, shared_bytes, stages, limit;
 };
 
 mc::Program* machine_program(const char* listing, int capability) {
@@ -56,6 +56,7 @@ const char* machine_launch(const mc::Program* program, mc::Global* memory, const
     const auto* bytes = static_cast<const uint8_t*>(request->parameters);
     launch.parameters.assign(bytes, bytes + request->parameter_bytes);
     launch.stages.resize(size_t(request->stages));
+    launch.limit = request->limit;
     std::ostringstream out;
     try {
       launch.run(int(request->grid), int(request->warps), uint32_t(request->shared_bytes));
@@ -63,7 +64,10 @@ const char* machine_launch(const mc::Program* program, mc::Global* memory, const
       out << "fault\t" << fault.what() << '\n';
     }
     out << "end\t\t" << launch.end << '\n' << "instructions\t\t" << launch.instructions << '\n';
-    out << "copied\t\t" << launch.copied << '\n';
+    out << "copied\t\t" << launch.copied << '\n' << "barriers\t\t" << launch.barriers << '\n';
+    out << "visited\t\t";
+    for (const bool ran : launch.visited) out << ran;
+    out << '\n';
     for (size_t i = 0; i < program->counters.size(); ++i)
       out << "count\t" << program->counters[i] << '\t' << launch.counts[i] << '\n';
     for (const auto& [name, time] : launch.marks) out << "mark\t" << name << '\t' << time << '\n';

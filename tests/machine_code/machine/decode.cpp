@@ -137,7 +137,7 @@ void Address::operator()(const Warp& w, uint64_t (&at)[32]) const {
   for (int i = 0; i < 32; ++i) at[i] = offset;
   for (size_t k = 0; k < parts.size(); ++k) {
     const Lanes low = parts[k](w);
-    for (int i = 0; i < 32; ++i) at[i] += low[i];
+    for (int i = 0; i < 32; ++i) at[i] += uint64_t(low[i]) * uint64_t(scale[k]);
     if (!wide[k]) continue;
     const Lanes high = parts[k](w, 1);
     for (int i = 0; i < 32; ++i) at[i] += uint64_t(high[i]) << 32;
@@ -180,6 +180,7 @@ Target Decoder::target(int words) {
   Target d;
   d.uniform = starts(t, "U");
   d.number = register_number(t, d.uniform ? "UR" : "R", d.uniform ? 63 : kZero);
+  if (!d.discarded() && d.number + words > (d.uniform ? 63 : kZero)) throw Unknown("registers behind " + t);
   for (int k = 0; k < words && !d.discarded(); ++k) {
     x_.destinations.push_back(uint16_t((d.uniform ? kUniform : 0) + d.number + k));
   }
@@ -239,9 +240,11 @@ Source Decoder::parse(std::string t, bool is_float, int words) {
     s.kind = Source::kConstant, s.number = int(bank), s.value = at;
   } else if (starts(t, "UR")) {
     s.kind = Source::kUniformRegister, s.number = register_number(t, "UR", 63);
+    if (s.number != 63 && s.number + words > 63) throw Unknown("registers behind " + t);
     for (int k = 0; k < words && s.number != 63; ++k) x_.sources.push_back(uint16_t(kUniform + s.number + k));
   } else {
     s.kind = Source::kRegister, s.number = register_number(t, "R", kZero);
+    if (s.number != kZero && s.number + words > kZero) throw Unknown("registers behind " + t);
     for (int k = 0; k < words && s.number != kZero; ++k) x_.sources.push_back(uint16_t(s.number + k));
   }
   return s;
@@ -257,10 +260,16 @@ Address Decoder::address() {
       a.offset += uint64_t(std::stoll(part, nullptr, 0));
       continue;
     }
+    int scale = 1;
+    for (const int by : {4, 8, 16}) {
+      const std::string suffix = ".X" + std::to_string(by);
+      if (part.find(suffix) != std::string::npos) scale = by, erase(part, suffix);
+    }
     const bool wide = part.size() > 3 && part.substr(part.size() - 3) == ".64";
     if (wide) part = part.substr(0, part.size() - 3);
     a.parts.push_back(parse(part, false, wide ? 2 : 1));
     a.wide.push_back(wide);
+    a.scale.push_back(scale);
   }
   return a;
 }
@@ -297,7 +306,8 @@ Program decode(const std::string& listing, int capability) {
     std::vector<std::string> parts = split(body.substr(0, space), '.');
     x.name = parts[0];
     parts.erase(parts.begin());
-    x.counter = counters.emplace(x.name, int(counters.size())).first->second;
+    const std::string counted = x.name == "SYNCS" && !parts.empty() ? x.name + "." + parts[0] : x.name;
+    x.counter = counters.emplace(counted, int(counters.size())).first->second;
     const LatencyClass& timing = latency_class(body.substr(0, space));
     x.latency = timing.clocks, x.port = timing.port, x.tensor = x.name == "HMMA";
 

@@ -49,6 +49,7 @@ struct Source {
 struct Address {
   std::vector<Source> parts;
   std::vector<bool> wide;
+  std::vector<int> scale;
   uint64_t offset = 0;
   void operator()(const Warp& w, uint64_t (&at)[32]) const;
 };

@@ -25,7 +25,11 @@ Warp::Warp(Block& owner, int number) : block(owner), index(number), stages(owner
     for (uint32_t& x : r.v) x = 0x7fff7fffu;
 }
 
-const Instruction& Warp::instruction() const { return block.launch.program.code[size_t(pc)]; }
+const Instruction& Warp::instruction() const {
+  const std::vector<Instruction>& code = block.launch.program.code;
+  if (size_t(pc) >= code.size()) throw Fault("runs off the end of the kernel");
+  return code[size_t(pc)];
+}
 
 void Warp::fault(const std::string& what) const {
   char at[64];
@@ -138,7 +142,7 @@ void Warp::note_hazards(const Instruction& x, Mask m) {
     guarded[size_t(x.writes)].push_back(n);
   }
   for (const uint16_t n : x.sources) {
-    if (x.reads >= 6 || n >= kPredicate) continue;  // predicates are read at once
+    if (x.reads >= 6 || n >= kUniform) continue;  // uniform registers and predicates are read at once
     in_use[n].lanes |= m, in_use[n].scoreboard = int8_t(x.reads),
                           in_use[n].other = int8_t(x.writes < 6 ? x.writes : -1);
     guarded[size_t(x.reads)].push_back(n);
@@ -198,13 +202,14 @@ void Warp::step(double at) {
     if (x.port) block.port = at + cost;
     if (x.tensor) block.tensor[size_t(index % 4)] = at + model.hmma_every;
     ++launch.counts[size_t(x.counter)];
+    launch.visited[x.address / 16] = true;
     taken = latency + cost - 1;
   }
   if (x.writes < 6) scoreboard[size_t(x.writes)] = std::max(scoreboard[size_t(x.writes)], at + taken);
   if (x.reads < 6) scoreboard[size_t(x.reads)] = std::max(scoreboard[size_t(x.reads)], at + 11 + cost);
   if (jumped) clock += model.branch;
   if (!moved && !done) ++pc;
-  ++share.issued, ++launch.instructions;
+  ++share.issued;
   (polling >= 0 ? share.slept : share.busy) += clock - at;
 }
 
@@ -328,6 +333,7 @@ double Launch::global_latency(const uint64_t* addresses, Mask m) {
 
 void Launch::run(int grid, int warps, uint32_t shared_bytes) {
   counts.assign(program.counters.size(), 0);
+  visited.assign(program.code.size(), false);
   set_constants(grid, warps);
   for (int first = 0; first < grid; first += cluster_size) run_cluster(first, warps, shared_bytes);
 }
@@ -375,6 +381,7 @@ void Launch::run_cluster(int first_block, int warps, uint32_t shared_bytes) {
       }
       throw Fault("deadlock:" + who);
     }
+    if (++instructions > limit) throw Fault("more than " + std::to_string(limit) + " instructions");
     now = first;
     best->step(first);
     best->block.slot[size_t(best->index % 4)] = first + 1;

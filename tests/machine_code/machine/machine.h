@@ -186,6 +186,9 @@ struct Launch {
   std::vector<uint8_t> parameters;
 
   std::vector<int64_t> counts;  // warp instructions that ran for at least one lane, by opcode
+  int64_t barriers = 0;         // meetings of warps at BAR.SYNC
+  int64_t limit = 0;            // of instructions
+  std::vector<bool> visited;    // instructions that ran for some lane
   int64_t copied = 0;           // 16-byte pieces, zeros among them
   int64_t instructions = 0;
   std::vector<StageClocks> stages;      // over all warps

@@ -47,7 +47,9 @@ const Opcode ret({"RET"}, {"REL", "NODEC", "ABS"}, [](Decoder& x) -> Execute {
 int convergence(Decoder& x) {
   const std::string name = x.text();
   if (name.size() < 2 || name[0] != 'B') throw Unknown("convergence barrier " + name);
-  return std::stoi(name.substr(1));
+  const int n = std::stoi(name.substr(1));
+  if (n > 15) throw Unknown("convergence barrier " + name);
+  return n;
 }
 
 const Opcode bssy({"BSSY"}, {"RECONVERGENT"}, [](Decoder& x) -> Execute {
@@ -186,6 +188,7 @@ const Opcode bar({"BAR"}, {"SYNC", "DEFER_BLOCKING"}, [](Decoder& x) -> Execute 
     here.clear();
     Launch& launch = block.launch;
     launch.progress = w.issued;
+    ++launch.barriers;
     launch.at(w.issued + 5, [everybody, &launch] {  // 25 clocks with those of waking up
       for (Warp* v : everybody) v->wake(launch.now);
     });

@@ -1,26 +1,41 @@
-// plan_host.cpp - the package's own planner: from a request to the two grids and the very bytes of their parameters.
+// plan_host.cpp - the package's own planner and launcher, with the machine in the driver's place: from a request to the
+// grids that would be launched and the very bytes of their parameters.
 #include <cstdio>
 #include <cstring>
 #include <exception>
+#include <string>
+#include <vector>
 
-#include "../../../cpp/dispatch.h"
-#include "../../../cpp/instances.h"
+#include "../../../cpp/launch.h"
 
 namespace {
+
+struct Launched {
+  std::string kernel;
+  nsa_sel::LaunchShape shape;
+  std::vector<uint8_t> parameters;
+};
+
 nsa_sel::DecodeLaunch prepared;
+std::vector<Launched> launched;
+
+}  // namespace
+
+int nsa_sel::launch_kernel(int /*device*/, int kernel, const LaunchShape& shape, const void* params, void* /*stream*/) {
+  const auto* bytes = static_cast<const uint8_t*>(params);
+  const size_t size = kernel < kNumInstances ? sizeof(DecodeParams) : sizeof(CombineParams);
+  launched.push_back({kernel_name(kernel), shape, {bytes, bytes + size}});
+  return 0;
 }
 
 extern "C" {
 
-struct PlannedLaunch {
-  int64_t dtype, Dk, Dv, head_tile, loads;  // of the instance
-  int64_t grid, cluster, threads, shared_bytes, num_slots, num_splits, workspace_floats;
-  int64_t combine_grid, combine_threads;  // 0: no second kernel
-  int64_t decode_bytes, combine_bytes;
+struct PlanFigures {
+  int64_t grid, num_slots, full_rows, split_rows, num_splits, cluster, workspace_floats;
 };
 
 // Returns 0, or 1 with a message where the planner refuses.
-int machine_plan(const void* request, const nsa_sel::DeviceLimits* device, PlannedLaunch* out, char* message,
+int machine_plan(const void* request, const nsa_sel::DeviceLimits* device, PlanFigures* out, char* message,
                  int message_bytes) {
   try {
     nsa_sel::DecodeRequest r;
@@ -30,33 +45,34 @@ int machine_plan(const void* request, const nsa_sel::DeviceLimits* device, Plann
     std::snprintf(message, size_t(message_bytes), "%s", error.what());
     return 1;
   }
-  using nsa_sel::kCombineThreads;
   const nsa_sel::DecodePlan& plan = prepared.plan;
-  const nsa_sel::InstanceKey& key = nsa_sel::kInstances[prepared.instance];
-  const int chunks = (prepared.decode.h * key.Dv / 4 + kCombineThreads - 1) / kCombineThreads;
-  *out = {int64_t(key.dtype),
-          key.Dk,
-          key.Dv,
-          key.head_tile,
-          int64_t(key.loads),
-          plan.grid,
-          plan.cluster ? plan.num_splits : 1,
-          nsa_sel::kDecodeThreads,
-          plan.smem.total,
+  *out = {plan.grid,
           plan.smem.num_slots,
+          plan.full_rows,
+          plan.split_rows,
           plan.num_splits,
-          plan.workspace_floats,
-          prepared.needs_combine() ? int64_t(plan.split_rows) * chunks : 0,
-          kCombineThreads,
-          int64_t(sizeof(nsa_sel::DecodeParams)),
-          int64_t(sizeof(nsa_sel::CombineParams))};
+          plan.cluster ? plan.num_splits : 1,
+          plan.workspace_floats};
   return 0;
 }
 
-void machine_parameters(float* workspace, void* decode, void* combine) {
+// How many grids the plan launches, in order.
+int machine_grids(float* workspace) {
+  launched.clear();
   prepared.set_workspace(workspace);
-  std::memcpy(decode, &prepared.decode, sizeof prepared.decode);
-  std::memcpy(combine, &prepared.combine, sizeof prepared.combine);
+  return nsa_sel::run_decode(prepared, 0, nullptr) == 0 ? int(launched.size()) : -1;
+}
+
+struct GridFigures {
+  const char* kernel;
+  const void* parameters;
+  int64_t parameter_bytes, grid, threads, shared_bytes, cluster;
+};
+
+void machine_grid(int index, GridFigures* out) {
+  const Launched& l = launched[size_t(index)];
+  *out = {l.kernel.c_str(),       l.parameters.data(),         int64_t(l.parameters.size()), int64_t(l.shape.grid),
+          int64_t(l.shape.block), int64_t(l.shape.smem_bytes), int64_t(l.shape.cluster)};
 }
 
 int64_t machine_request_bytes() { return sizeof(nsa_sel::DecodeRequest); }
