@@ -58,9 +58,10 @@ test-full: $(VENV)/.stamp-dev
 
 # About 5 GB and ten minutes the first time. Warnings are the engines' own affair here, so they are no errors.
 ENGINE_TESTS := tests/integrations/engines
-test-engines: $(ENGINES)/transformers/.stamp
+test-engines: $(ENGINES)/transformers/.stamp $(ENGINES)/vllm/.stamp
 	OMP_NUM_THREADS=1 $(ENGINES)/transformers/bin/python -m pytest -o filterwarnings= $(PYTEST_ARGS) \
 	  $(ENGINE_TESTS)/test_transformers.py
+	OMP_NUM_THREADS=1 $(ENGINES)/vllm/bin/python -m pytest -o filterwarnings= $(PYTEST_ARGS) $(ENGINE_TESTS)/test_vllm.py
 
 example: $(ENGINES)/transformers/.stamp
 	$(ENGINES)/transformers/bin/python examples/minimax_m3.py --out $(EXAMPLE_OUT) $(EXAMPLE_ARGS)
@@ -146,7 +147,7 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-torch $(BUILD_INPUTS)
 	@mv $@.begun $@
 
 # The engine is pinned: another version is another trial. No kernels: these machines have no GPU, and the tests name sdpa.
-$(ENGINES)/%/.stamp: $(ENGINE_TESTS)/%.txt pyproject.toml CMakeLists.txt
+$(ENGINES)/%/.stamp: $(ENGINE_TESTS)/%.txt $(BUILD_INPUTS)
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip --disable-pip-version-check install '$(TORCH)'
 	$(@D)/bin/python -m pip --disable-pip-version-check install $(if $(filter vllm,$*),--no-deps) -r $<

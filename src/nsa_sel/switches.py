@@ -22,6 +22,8 @@ class Switches:
     triton_force: bool = False  # NSA_SEL_TRITON_FORCE
     policy: str | None = None  # NSA_SEL_POLICY, a path
     debug: frozenset[str] = frozenset()  # NSA_SEL_DEBUG, of DEBUG_MODES
+    vllm: bool = False  # NSA_SEL_VLLM
+    vllm_prefill: bool = False  # NSA_SEL_VLLM_PREFILL
 
 
 def parse(environ: Mapping[str, str]) -> Switches:
@@ -42,6 +44,8 @@ def parse(environ: Mapping[str, str]) -> Switches:
         triton_force=bool(_flag(environ, "NSA_SEL_TRITON_FORCE")),
         policy=environ.get("NSA_SEL_POLICY") or None,
         debug=_modes(environ, "NSA_SEL_DEBUG"),
+        vllm=bool(_flag(environ, "NSA_SEL_VLLM")),
+        vllm_prefill=bool(_flag(environ, "NSA_SEL_VLLM_PREFILL")),
     )
 
 

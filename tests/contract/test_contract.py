@@ -23,8 +23,8 @@ on_every_backend = pytest.mark.parametrize("backend", PRESENT)
 
 def test_signature() -> None:
     expected = (
-        "q, k, v, ranges, *, block_indices, block_size, seq_lens, block_table, causal, max_selected, softmax_scale, "
-        "return_lse, batch_invariant, out, backend"
+        "q, k, v, ranges, *, block_indices, block_size, counts, seq_lens, block_table, table_rows, causal, "
+        "max_selected, softmax_scale, return_lse, batch_invariant, out, backend"
     )
     for function in (nsa_sel.selection_attention, nsa_sel.explain):
         parameters = inspect.signature(function).parameters.values()

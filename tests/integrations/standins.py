@@ -10,7 +10,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -144,3 +144,94 @@ TRANSFORMERS: Modules = dict(
         module("transformers.integrations.sdpa_attention", sdpa_attention_forward),
     ]
 )
+
+
+# --- vLLM ----------------------------------------------------------------------------------------------------------
+
+ran: list[str] = []  # which of vLLM's own functions ran
+
+
+def minimax_m3_sparse_attn_decode(
+    q,
+    kv_cache,
+    topk_idx,
+    block_table,
+    seq_lens,
+    num_kv_heads,
+    sm_scale,
+    output,
+    decode_query_len,
+    k_scale=None,
+    v_scale=None,
+):
+    ran.append("minimax_m3_sparse_attn_decode")
+
+
+def minimax_m3_sparse_attn(
+    q,
+    kv_cache,
+    topk_idx,
+    block_table,
+    cu_seqlens_q,
+    seq_lens,
+    prefix_lens,
+    max_query_len,
+    num_kv_heads,
+    sm_scale,
+    output,
+    k_scale=None,
+    v_scale=None,
+):
+    ran.append("minimax_m3_sparse_attn")
+
+
+def qsa_sparse_paged_attention(
+    q,
+    k_cache,
+    v_cache,
+    logical_indices,
+    block_table,
+    token_to_req,
+    use_prefill_config,
+    out=None,
+    k_scale=None,
+    v_scale=None,
+    *,
+    output_gate,
+):
+    ran.append("qsa_sparse_paged_attention")
+    return out
+
+
+class Platform:
+    """`vllm.platforms.current_platform` on a GPU; the real class has another name."""
+
+    def __init__(self, major: int = 9, minor: int = 0) -> None:
+        self.capability = SimpleNamespace(major=major, minor=minor)
+
+    def is_cuda(self):
+        return True
+
+    def get_device_capability(self, device_id=0):
+        return self.capability
+
+
+def vllm_modules(version: str = "0.32.0", platform: object | None = None) -> Modules:
+    """Return fresh stand-ins of a vLLM of this version on this platform (an H100 unless said otherwise)."""
+    ran.clear()
+    m3, qsa = "vllm.models.minimax_m3", "vllm.models.qwen4_exp"
+    functions = (minimax_m3_sparse_attn_decode, minimax_m3_sparse_attn)
+    return dict(
+        [
+            module("vllm", __version__=version),
+            module("vllm.platforms", current_platform=platform or Platform()),
+            module("vllm.models"),
+            module(m3),
+            module(f"{m3}.common"),
+            module(f"{m3}.common.sparse_attention", *functions, SPARSE_BLOCK_SIZE=128),
+            module(qsa),
+            module(f"{qsa}.nvidia"),
+            module(f"{qsa}.nvidia.ops"),
+            module(f"{qsa}.nvidia.ops.qsa", qsa_sparse_paged_attention),
+        ]
+    )

@@ -22,7 +22,6 @@ from nsa_sel.call import Call
 
 _UNIT = 64  # the most tokens copied as one
 _SERIAL = 32768  # elements: index_select copies what is larger one after another
-_SHARE = 2  # a step of one thread takes this part of its second-level cache: the rest is for what passes through
 _FEW = 64  # tokens
 _KEPT = 4  # steps that the buffer which a thread keeps may hold at most; a larger one lives as long as its call
 _attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -50,7 +49,7 @@ def attend(
     """
     problem = call.problem
     token_bytes = 2 * max(problem.Dk, problem.Dv) * call.k.element_size()
-    longest = max(_UNIT, cache_bytes() // _SHARE // token_bytes)  # tokens of a part
+    longest = max(_UNIT, cache_bytes() // token_bytes)  # tokens of a part
     if problem.batch_invariant:  # one step of one shape that follows from the chunk's, whatever the rows hold
         return _attend_alike(call, selection, rows, lengths, chunk.tokens, -(-chunk.tokens // longest), True, count)
     results = []
@@ -91,7 +90,7 @@ def _attend_alike(
     step = queries.shape[0]
     if not problem.batch_invariant:
         part_bytes = places.tokens * 2 * width * call.k.element_size()
-        step = min(step, torch.get_num_threads() * max(1, cache_bytes() // _SHARE // part_bytes))
+        step = min(step, torch.get_num_threads() * max(1, cache_bytes() // part_bytes))
     keys, values = _buffers(call.k.dtype, step * places.tokens, width)
     if problem.Dk != problem.Dv:
         (keys if width > problem.Dk else values).view(-1, width)[:, min(problem.Dk, problem.Dv) :].zero_()
