@@ -8,7 +8,7 @@ from typing import Any, ParamSpec
 
 import torch
 
-from nsa_sel import execute, ops
+from nsa_sel import arrays, execute, ops
 from nsa_sel.check import check
 from nsa_sel.routing import Decision
 
@@ -84,7 +84,7 @@ def selection_attention(
         AutogradError, BackendError, KernelLaunchError: the call cannot run as asked for (RuntimeErrors).
         SwitchError, PolicyError: an environment variable or the policy file is wrong (ValueErrors).
     """
-    attend = ops.attend if torch.compiler.is_compiling() else execute.attend
+    attend = arrays.attend if not isinstance(q, torch.Tensor) else ops.attend if ops.must_see(q) else execute.attend
     return attend(
         backend, q, k, v, ranges,
         block_indices=block_indices, block_size=block_size, counts=counts, seq_lens=seq_lens,
@@ -116,4 +116,5 @@ def explain(*arguments: Any, backend: str = "auto", **keywords: Any) -> Decision
     >>> explain(q, k, k, torch.tensor([[[[[0, 16]]]]]), backend="sdpa")
     Decision(backend='sdpa', reason="backend='sdpa'")
     """
+    arguments, keywords = arrays.as_tensors(arguments, keywords)
     return execute.route(check(*arguments, **keywords), backend)

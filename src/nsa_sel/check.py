@@ -115,8 +115,7 @@ def check(
     scale = Dk**-0.5 if softmax_scale is None else _finite("softmax_scale", softmax_scale)
 
     requires_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if forward_ad._current_level >= 0:
-        _refuse_tangents({"q": q, "k": k, "v": v})
+    refuse_tangents({"q": q, "k": k, "v": v})
     if out is not None:
         _check_out(out, (B, S, G, h, Dv), dtype, device, requires_grad)
 
@@ -208,8 +207,10 @@ def _flag(name: str, value: object) -> None:
         raise ArgumentTypeError(f"{name}: expected a bool, got {type(value).__name__} {value!r}")
 
 
-def _refuse_tangents(tensors: dict[str, torch.Tensor]) -> None:
+def refuse_tangents(tensors: dict[str, torch.Tensor]) -> None:
     """Refuse forward-mode AD: no backend carries tangents, and a missing one reads as a derivative of zero."""
+    if forward_ad._current_level < 0:
+        return
     for name, tensor in tensors.items():
         if forward_ad.unpack_dual(tensor).tangent is not None:
             raise AutogradError(f"{name}: expected no forward-mode derivative to be asked for, got a dual tensor")

@@ -1,6 +1,6 @@
-"""The function as a `torch.library` operator, which is how torch.compile sees it: one node, no graph break.
+"""The function as a `torch.library` operator: one node for torch.compile, torch.export, torch.func and fake tensors.
 
-Eager calls never come here: the dispatcher costs several microseconds that a decode step does not have.
+Plain eager calls never come here: the dispatcher costs several microseconds that a decode step does not have.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ import inspect
 from typing import Any
 
 import torch
+from torch._C import _len_torch_dispatch_stack
+from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from nsa_sel import execute
 from nsa_sel.backends import sdpa
 from nsa_sel.call import Call
-from nsa_sel.check import check
-from nsa_sel.errors import AutogradError
+from nsa_sel.check import check, refuse_tangents
+from nsa_sel.errors import AutogradError, BackendError
 
 _TYPES = {
     "torch.Tensor": "Tensor",
@@ -30,6 +32,11 @@ _NAMES = (*_PARAMETERS, "backend", "requires_grad")
 _ARGUMENTS = ", ".join(
     [f"{_TYPES[p.annotation]} {name}" for name, p in _PARAMETERS.items()] + ["str backend", "bool requires_grad"]
 )
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_NO_SECOND = (
+    "torch.func: expected reverse-mode derivatives of first order, got another asked for (a second one by "
+    "reverse mode: torch.autograd.grad(create_graph=True))"
+)
 _LSE = _NAMES.index("return_lse")
 _TENSORS = tuple(i for i, p in enumerate(_PARAMETERS.values()) if _TYPES[p.annotation].startswith("Tensor"))
 
@@ -41,17 +48,40 @@ _library.define(
 )
 
 
+def must_see(q: torch.Tensor) -> bool:
+    """Whether a call must be one operator, since its tensors stand for others or someone watches what is done to them.
+
+    The backends read values back and would bake them into what is traced, or fail on tensors that have none.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    if torch._C._is_tracing():
+        raise BackendError("torch.jit.trace: expected no call in it (it would freeze the selection), got one")
+    return (
+        peek_interpreter_stack() is not None  # torch.func
+        or _len_torch_dispatch_stack() > 0  # FakeTensorMode, make_fx
+        or type(q) not in _PLAIN  # a fake tensor outside of its mode, or another subclass
+        or q.is_meta
+    )
+
+
 def attend(backend: str, /, *arguments: Any, **keywords: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Call the operator with the arguments of `selection_attention`; out, and with `return_lse` (out, lse)."""
     given = dict(zip(_PARAMETERS, arguments, strict=False)) | keywords
     out = given.pop("out", None)
     values = [given.get(name, p.default) for name, p in _PARAMETERS.items()]
     q, k, v = values[:3]
+    refuse_tangents({"q": q, "k": k, "v": v})
     # below autograd, where the operator runs, tensors no longer tell whether gradients will be asked of them
     requires_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     if out is not None and requires_grad:
         raise AutogradError("out: expected no gradients to be required (out= has none), got requires_grad=True")
-    result, lse = torch.ops.nsa_sel.selection_attention.default(*values, backend, requires_grad)
+    operator: Any = torch.ops.nsa_sel.selection_attention.default
+    if not torch.compiler.is_compiling():
+        transform = peek_interpreter_stack()
+        if transform is not None and transform.key() != TransformType.Functionalize:
+            operator = _Transformed.apply
+    result, lse = operator(*values, backend, requires_grad)
     if out is not None:
         result = out.copy_(result)
     return (result, lse) if values[_LSE] else result
@@ -103,7 +133,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.T
     ctx.others = tuple(None if place in _TENSORS else value for place, value in enumerate(inputs))
 
 
-def _differentiate(ctx: Any, d_out: torch.Tensor | None, d_lse: torch.Tensor | None) -> tuple[Any, ...]:
+def _gradients(ctx: Any, d_out: torch.Tensor | None, d_lse: torch.Tensor | None, backward: Any) -> tuple[Any, ...]:
+    """Return what `backward`, called like the operator of that name, gives for q, k and v, and None for the rest."""
     arguments = list(ctx.others)
     out, *tensors = ctx.saved_tensors
     for place, tensor in zip(_TENSORS, tensors, strict=True):
@@ -111,13 +142,84 @@ def _differentiate(ctx: Any, d_out: torch.Tensor | None, d_lse: torch.Tensor | N
     none = (None,) * (len(arguments) - 3)
     if d_out is None and d_lse is None:
         return None, None, None, *none
-    if not arguments[_LSE]:
-        d_lse = None
+    return *backward(out, d_out, d_lse if arguments[_LSE] else None, *arguments), *none
+
+
+def _differentiate(ctx: Any, d_out: torch.Tensor | None, d_lse: torch.Tensor | None) -> tuple[Any, ...]:
     if torch.is_grad_enabled():  # create_graph=True: the operator's own backward has no derivative
-        return *sdpa.backward(_check(tuple(arguments))[0], out, d_out, d_lse), *none
-    return *torch.ops.nsa_sel.selection_attention_backward.default(out, d_out, d_lse, *arguments), *none
+        return _gradients(ctx, d_out, d_lse, lambda *given: sdpa.backward(_check(given[3:])[0], *given[:3]))
+    return _gradients(ctx, d_out, d_lse, torch.ops.nsa_sel.selection_attention_backward.default)
+
+
+def batched_backward(
+    call: Call, out: torch.Tensor, d_out: torch.Tensor | None, d_lse: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return the gradients of an eager call for a batch of d_out: those of `autograd.grad(is_grads_batched=True)`."""
+    values = [getattr(call, "scale" if name == "softmax_scale" else name) for name in _PARAMETERS]
+    values[_NAMES.index("block_size")] = call.block_size or None
+    return torch.ops.nsa_sel.selection_attention_backward.default(out, d_out, d_lse, *values, "auto", True)
+
+
+class _Transformed(torch.autograd.Function):
+    """The operator under torch.func, whose transforms do not know what `register_autograd` has registered."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.ops.nsa_sel.selection_attention.default(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+        _save(ctx, inputs, output)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: torch.Tensor | None, d_lse: torch.Tensor | None) -> tuple[Any, ...]:
+        return _gradients(ctx, d_out, d_lse, _TransformedBackward.apply)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> Any:
+        raise AutogradError(_NO_SECOND)
+
+
+class _TransformedBackward(torch.autograd.Function):
+    """Its backward, which has no derivative of its own."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return torch.ops.nsa_sel.selection_attention_backward.default(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        raise AutogradError(_NO_SECOND)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> Any:
+        raise AutogradError(_NO_SECOND)
+
+
+def _each(operator: Any) -> Any:
+    """Return the rule by which vmap runs an operator: a call for each entry of its batch."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[tuple[torch.Tensor, ...], Any]:
+        results = [
+            operator(*(a if d is None else a.select(d, i) for a, d in zip(arguments, in_dims, strict=True)))
+            for i in range(info.batch_size)
+        ]
+        stacked = tuple(map(torch.stack, zip(*results, strict=True)))
+        return stacked, (0,) * len(stacked)
+
+    return rule
 
 
 _library.impl("selection_attention", _forward, "CompositeExplicitAutograd")
 _library.impl("selection_attention_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_autograd("nsa_sel::selection_attention", _differentiate, setup_context=_save, lib=_library)
+for _operator in (torch.ops.nsa_sel.selection_attention, torch.ops.nsa_sel.selection_attention_backward):
+    torch.library.register_vmap(_operator.default, _each(_operator.default), lib=_library)

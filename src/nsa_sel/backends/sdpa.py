@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from nsa_sel._build import DeviceInfo
@@ -113,7 +114,12 @@ class _Attention(torch.autograd.Function):
         if d_out is None and d_lse is None:
             return None, None, None, None, None
         q, k, v, out, *_ = ctx.saved_tensors
-        return *backward(replace(ctx.call, q=q, k=k, v=v), out, d_out, d_lse, ctx.budget), None, None
+        call = replace(ctx.call, q=q, k=k, v=v)
+        if any(d is not None and is_legacy_batchedtensor(d) for d in (d_out, d_lse)):  # is_grads_batched=True
+            from nsa_sel import ops  # which imports this module
+
+            return *ops.batched_backward(call, out, d_out, d_lse), None, None
+        return *backward(call, out, d_out, d_lse, ctx.budget), None, None
 
 
 @contextlib.contextmanager

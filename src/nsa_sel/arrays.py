@@ -1,0 +1,75 @@
+"""Arrays of other libraries (NumPy, CuPy, JAX and what else speaks DLPack), lent to torch and returned in kind."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch.utils.dlpack import from_dlpack
+
+from nsa_sel import execute
+from nsa_sel.errors import ArgumentError, ArgumentTypeError
+
+
+def attend(backend: str, /, *arguments: Any, **keywords: Any) -> Any:
+    """Call `selection_attention` with arrays, without a copy: out, and with `return_lse` (out, lse), in q's library."""
+    library = _library_of(arguments[0])
+    arguments, keywords = as_tensors(arguments, keywords)
+    result = execute.attend(backend, *arguments, **keywords)
+    if library is None:
+        return result
+    return tuple(map(library.from_dlpack, result)) if isinstance(result, tuple) else library.from_dlpack(result)
+
+
+def as_tensors(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of `selection_attention`, where q is an array with a tensor in place of each of them.
+
+    A tensor shares the memory of its array.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: an array cannot be lent, or there is an `out` (not every library's arrays may
+            be written to).
+    """
+    q = arguments[0] if arguments else keywords.get("q")
+    if not _is_foreign(q):
+        return arguments, keywords
+    if keywords.get("out") is not None:
+        raise ArgumentTypeError(f"out: expected None where q is a {_kind(q)}, got one")
+    tensors = (_as_tensor(name, value) for name, value in zip(("q", "k", "v", "ranges"), arguments, strict=False))
+    return tuple(tensors), {name: _as_tensor(name, value) for name, value in keywords.items()}
+
+
+def _is_foreign(value: Any) -> bool:
+    return not isinstance(value, torch.Tensor) and hasattr(value, "__dlpack__")
+
+
+def _kind(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__name__}"
+
+
+def _as_tensor(name: str, value: Any) -> Any:
+    if not _is_foreign(value):
+        return value
+    # torch ends the process over a negative stride: it throws where nothing catches
+    strides = getattr(value, "strides", None) or ()
+    if any(stride < 0 and extent > 1 for extent, stride in zip(value.shape, strides, strict=False)):
+        raise ArgumentError(f"{name}: expected strides >= 0, got {list(strides)} bytes")
+    try:
+        tensor = from_dlpack(value)
+    # what libraries raise: dtypes that DLPack has no name for, arrays without memory of their own (tracers), devices
+    except (AttributeError, AssertionError, BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise ArgumentTypeError(
+            f"{name}: expected an array that DLPack can lend, got {_kind(value)}: {error}"
+        ) from error
+    # what is empty may have strides that no tensor would have
+    return tensor if tensor.numel() else tensor.new_empty(tensor.shape)
+
+
+def _library_of(q: Any) -> Any | None:
+    """Return the library of an array, by which its like is made; None where q is none."""
+    if not _is_foreign(q):
+        return None
+    if hasattr(q, "__array_namespace__"):  # NumPy 2, CuPy 14 and JAX, by the array API standard
+        return q.__array_namespace__()
+    return sys.modules[type(q).__module__.partition(".")[0]]
