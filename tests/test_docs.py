@@ -66,6 +66,18 @@ def test_quick_start_word_for_word_in_a_fresh_checkout(tmp_path: Path) -> None:
         assert result.stdout.endswith(blocks("text")[0])
 
 
+COMPOSING = re.findall(
+    r"^```python\n(.*?)^```$", (ROOT / "docs" / "composing.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+)
+
+
+@pytest.mark.parametrize("example", COMPOSING, ids=["window", "branches", "numpy", "jax", "graphs"])
+def test_examples_of_merging_arrays_and_graphs_run(example: str) -> None:
+    if "import jax" in example:
+        pytest.importorskip("jax", reason="JAX is not installed (the extra `test` has it)")
+    exec(compile(example, "docs/composing.md", "exec"), {"__name__": "example"})
+
+
 @pytest.mark.parametrize("name", DOCTESTED)
 def test_examples_in_docstrings(name: str) -> None:
     module = importlib.import_module(name)

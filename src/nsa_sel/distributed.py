@@ -150,10 +150,10 @@ class Shard:
             lengths = torch.full((B,), capacity, dtype=torch.int64, device=ranges.device)
         else:
             lengths = seq_lens.to(torch.int64).clamp(0, capacity)
-        visible = lengths[:, None].expand(B, S)
+        visible = lengths.unsqueeze(1).expand(B, S)
         if causal:
             visible = (visible + torch.arange(1 - S, 1, device=ranges.device)).clamp_min(0)
-        clamped = torch.minimum(ranges.to(torch.int64).clamp_min(0), visible[:, :, None, None, None])
+        clamped = torch.minimum(ranges.to(torch.int64).clamp_min(0), visible.view(B, S, 1, 1, 1))
         return self.before(clamped), None if seq_lens is None else self.before(lengths).to(torch.int32)
 
 
@@ -207,9 +207,12 @@ def _exchange(
     # one message: behind the out of each head its lse, whose bits stand in columns of out's dtype
     wide = torch.promote_types(out.dtype, torch.float32)
     packed = torch.cat([out, lse.to(wide).unsqueeze(-1).view(out.dtype)], dim=-1)
-    packed = packed.unsqueeze(0) if sharded is None else packed.view(B, S, shard.world, *sharded, -1).movedim(2, 0)
+    if sharded is None:
+        packed = packed.unsqueeze(0)
+    else:
+        packed = packed.view(B, S, shard.world, *sharded, -1).movedim(2, 0).clone(memory_format=torch.contiguous_format)
     # [W or 1, bytes]: bytes because not every collective knows every dtype
-    sent = packed.contiguous().view(torch.uint8).flatten(1)
+    sent = packed.view(torch.uint8).flatten(1)
     check_caches = sent.device.type == "cpu" and not torch.compiler.is_compiling()
     if check_caches:
         sent = torch.cat([sent, torch.tensor([shard.tokens, shard.run]).view(torch.uint8).expand(len(sent), -1)], dim=1)
@@ -223,7 +226,8 @@ def _exchange(
         received, told = received.split([sent.shape[1] - 16, 16], dim=1)
         _require_same_caches(told.contiguous().view(torch.int64).tolist())
     parts = received.contiguous().view(out.dtype).view(shard.world, *packed.shape[1:])
-    return parts[..., :Dv], parts[..., Dv:].contiguous().view(wide).squeeze(-1)
+    outs, bits = parts.split([Dv, parts.shape[-1] - Dv], dim=-1)
+    return outs, bits.clone(memory_format=torch.contiguous_format).view(wide).squeeze(-1)
 
 
 def _require_same_caches(told: list[list[int]]) -> None:

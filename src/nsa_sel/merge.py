@@ -60,10 +60,10 @@ def merge_states(
     # an empty part has weight 0, and 0 * NaN is NaN: nothing of it may come in
     kept = torch.stack(parts).to(wide).masked_fill((stacked == -torch.inf).unsqueeze(-1), 0)
     kept = torch.nn.functional.pad(kept, (0, 1), value=1.0)  # a last column of ones sums up the weights
-    merged = torch.zeros_like(kept[0])
+    merged = kept.new_zeros(kept.shape[1:])
     for part, weight in zip(kept.unbind(0), weights.unbind(0), strict=True):
         merged = torch.addcmul(merged, part, weight)
-    summed, total = merged[..., :-1], merged[..., -1:]
+    summed, total = merged.split([parts[0].shape[-1], 1], dim=-1)
     empty = total == 0
     total = total.masked_fill(empty, 1)  # its log and its inverse have no gradient at 0
     lse = (top.unsqueeze(-1) + torch.log(total)).masked_fill(empty, -torch.inf).squeeze(-1)

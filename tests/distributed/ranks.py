@@ -76,15 +76,16 @@ def _rank(work: Work, rank: int, world: int, folder: Path) -> None:
     os._exit(0)  # destroying a group whose other ranks are gone may wait for them
 
 
-def part_of(inputs: Inputs, shard: Shard, page_size: int | None) -> dict[str, Any]:
-    """Return the arguments of a rank's call: of k and v, contiguous in `inputs`, its own tokens alone."""
-    assert inputs.block_table is None
-    S_kv = inputs.k.shape[2]
+def part_of(inputs: Inputs, shard: Shard) -> dict[str, Any]:
+    """Return the arguments of a rank's call: of k and v its own tokens alone, in pages of its own if they have any."""
+    whole = [cache if inputs.block_table is None else _without_pages(cache, inputs.block_table)
+             for cache in (inputs.k, inputs.v)]  # fmt: skip
+    S_kv = whole[0].shape[2]
     tokens = torch.arange(shard.world * shard.tokens)
     own = tokens[tokens // shard.run % shard.world == shard.rank]
     assert len(own) == shard.tokens
     parts = []
-    for cache in (inputs.k, inputs.v):
+    for cache in whole:
         part = cache.new_full((*cache.shape[:2], shard.tokens, cache.shape[3]), torch.nan)
         held = own < S_kv
         part[:, :, held] = cache[:, :, own[held]]
@@ -94,15 +95,24 @@ def part_of(inputs: Inputs, shard: Shard, page_size: int | None) -> dict[str, An
         lengths = torch.full((inputs.q.shape[0],), S_kv, dtype=torch.int32) if lengths is None else lengths
         lengths = lengths.clamp(0, S_kv)
     table = None
-    if page_size is not None:
-        B, pages = inputs.q.shape[0], shard.tokens // page_size
-        order = torch.randperm(B * pages + 1, generator=torch.Generator().manual_seed(shard.rank))[: B * pages]
-        table = order.view(B, pages).to(torch.int32)
+    if inputs.block_table is not None:
+        page_size = inputs.k.shape[2]
+        R, pages = len(inputs.block_table), shard.tokens // page_size
+        order = torch.randperm(R * pages + 1, generator=torch.Generator().manual_seed(shard.rank))[: R * pages]
+        table = order.view(R, pages).to(torch.int32)
         for i, part in enumerate(parts):
-            pool = part.new_full((B * pages + 1, part.shape[1], page_size, part.shape[3]), torch.nan)
-            pool[table.long()] = part.view(B, part.shape[1], pages, page_size, -1).transpose(1, 2)
+            pool = part.new_full((R * pages + 1, part.shape[1], page_size, part.shape[3]), torch.nan)
+            pool[table.long()] = part.view(R, part.shape[1], pages, page_size, -1).transpose(1, 2)
             parts[i] = pool
     return inputs.arguments() | dict(k=parts[0], v=parts[1], seq_lens=lengths, block_table=table)
+
+
+def _without_pages(pool: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """Return the caches [R, G, S_kv, D] that the rows of a page table stand for, NaN where a page is missing."""
+    pages = table.long()
+    caches = pool[pages.clamp(0, len(pool) - 1)]  # [R, max_pages, G, page_size, D]
+    caches[(pages < 0) | (pages >= len(pool))] = torch.nan
+    return caches.transpose(1, 2).flatten(2, 3)
 
 
 def room(S_kv: int, rank: int, world: int, interleave: int | None, page_size: int | None = None) -> Shard:

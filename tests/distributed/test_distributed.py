@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,7 @@ def test_every_case_matches_the_reference_with_the_same_bits_on_every_rank(world
     first, *others = reports(world, "every_case")
     assert len(first) == 2 * sum(not case.heavy for case in CASES)
     for (name, interleave), (out, lse) in first.items():
-        inputs = replace(case(name), page_size=None, table_rows=None).inputs()
+        inputs = case(name).inputs()
         if out.dtype == torch.float64:
             expected, expected_lse = selection_attention_reference(**inputs.arguments())
             torch.testing.assert_close(out, expected, rtol=0, atol=_FP64)
@@ -54,9 +53,7 @@ def test_every_case_matches_the_reference_with_the_same_bits_on_every_rank(world
 def test_ranks_that_hold_nothing_of_a_selection_change_no_bit(world: int, reports: Reports) -> None:
     results = reports(world, "every_case")[0]
     for name in ("one-token", "one-cached-token"):  # all of a row on one rank
-        expected = nsa_sel.selection_attention(
-            **replace(case(name), page_size=None, table_rows=None).inputs().arguments(return_lse=True)
-        )
+        expected = nsa_sel.selection_attention(**case(name).inputs().arguments(return_lse=True))
         assert all(map(torch.equal, results[name, None], expected))
     out, lse = results["all-empty", None]
     assert not out.any()
@@ -124,6 +121,13 @@ def test_one_graph_without_breaks_gives_the_same_bits(reports: Reports) -> None:
     for pairs in reports(2, "compiled"):
         for eager, traced in pairs:
             assert all(map(torch.equal, eager, traced))
+
+
+def test_no_value_is_read_back_on_a_gpu(reports: Reports) -> None:
+    chosen = case("pages-blocks")
+    for shapes in reports(2, "unseen"):
+        assert shapes[0] == (chosen.B, chosen.S, chosen.G, chosen.h, chosen.Dv)
+        assert shapes[1] == (chosen.B, chosen.S, chosen.G // 2, chosen.h, chosen.Dv)
 
 
 def test_without_a_group_there_is_an_error() -> None:

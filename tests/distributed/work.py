@@ -13,6 +13,8 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed import fake_pg  # noqa: F401 - registers the backend
 
 import nsa_sel
 from nsa_sel import distributed
@@ -29,8 +31,7 @@ LOST_TIMEOUT = 3.0  # seconds that a collective waits for a rank that is lost
 def spread(name: str, rank: int, world: int, interleave: int | None, **more: Any) -> Any:
     """Run a case with its cache spread over the ranks."""
     chosen = case(name)
-    inputs = replace(chosen, page_size=None, table_rows=None).inputs()
-    arguments = part_of(inputs, room(chosen.S_kv, rank, world, interleave, chosen.page_size), chosen.page_size)
+    arguments = part_of(chosen.inputs(), room(chosen.S_kv, rank, world, interleave, chosen.page_size))
     return distributed.selection_attention(**arguments | chosen.options, return_lse=True, interleave=interleave, **more)
 
 
@@ -76,7 +77,7 @@ def two_by_two(rank: int, world: int) -> Result:
         inputs, q=inputs.q[:, :, g : g + 1], k=inputs.k[:, g : g + 1], v=inputs.v[:, g : g + 1],
         ranges=inputs.ranges[:, :, g : g + 1],
     )  # fmt: skip
-    arguments = part_of(half, room(256, rank % 2, 2, None), None)
+    arguments = part_of(half, room(256, rank % 2, 2, None))
     assert "that this process" in refusal(**arguments, group=halves[1 - g])
     return distributed.selection_attention(**arguments, return_lse=True, group=halves[g])
 
@@ -103,7 +104,7 @@ def messages(rank: int, world: int) -> dict[str, list[int]]:
 
 def refusals(rank: int, world: int) -> dict[str, str]:
     """Return the message of each call that must be refused: all but the two last before anything is sent."""
-    arguments = part_of(case("h4").inputs(), room(256, rank, world, None), None)
+    arguments = part_of(case("h4").inputs(), room(256, rank, world, None))
     longer = arguments | {name: torch.zeros(1, 2, 128 + 64 * rank, 64, dtype=torch.bfloat16) for name in ("k", "v")}
     odd_heads = {name: arguments[name][:, :, :1] for name in ("q", "ranges")}
     odd_heads = odd_heads | {name: arguments[name][:, :1] for name in ("k", "v")}
@@ -134,7 +135,7 @@ def compiled(rank: int, world: int) -> list[tuple[Result, Result]]:
     """Return what eager calls give and what one graph without breaks gives, for all heads and for shares of them."""
     results = []
     for share in (False, True):
-        arguments = part_of(case("many-rows").inputs(), room(256, rank, world, 8), None)
+        arguments = part_of(case("many-rows").inputs(), room(256, rank, world, 8))
 
         def call(**tensors: Any) -> Result:
             return distributed.selection_attention(**tensors, return_lse=True, interleave=8, shard_heads=share)  # noqa: B023
@@ -144,20 +145,37 @@ def compiled(rank: int, world: int) -> list[tuple[Result, Result]]:
     return results
 
 
+def unseen(rank: int, world: int) -> list[torch.Size]:
+    """Call with fake CUDA tensors and collectives that send nothing: whatever read a value back would raise."""
+    group = dist.new_group(backend="fake")
+    arguments = part_of(case("pages-blocks").inputs(), room(256, rank, world, 8, 64))
+    with FakeTensorMode():
+        fake = {
+            name: torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+            if isinstance(value, torch.Tensor)
+            else value
+            for name, value in arguments.items()
+        }
+        calls = [fake | dict(interleave=8, group=group, shard_heads=share) for share in (False, True)]
+        results = [distributed.selection_attention(**call) for call in calls]
+    assert {result.device.type for result in results} == {"cuda"}
+    return [result.shape for result in results]
+
+
 def together(rank: int, world: int) -> dict[str, Any]:
     """Do all that two or four ranks can do one after another, since starting them takes longer than that."""
     works = [
         every_case,
         shares_of_heads,
         messages,
-        *([refusals, groups_sharded, compiled] if world == 2 else [two_by_two]),
+        *([refusals, groups_sharded, compiled, unseen] if world == 2 else [two_by_two]),
     ]
     return {work.__name__: work(rank, world) for work in works}
 
 
 def one_rank_is_lost(rank: int, world: int, killed: bool) -> tuple[str, float] | None:
     """Lose rank 1, killed in the middle of a collective or never coming to it; say what the others got and when."""
-    arguments = part_of(make_inputs(ranges=torch.tensor([[[[[0, 256]]]]])), room(256, rank, world, None), None)
+    arguments = part_of(make_inputs(ranges=torch.tensor([[[[[0, 256]]]]])), room(256, rank, world, None))
     group = dist.new_group(timeout=timedelta(seconds=LOST_TIMEOUT))
     distributed.selection_attention(**arguments, group=group)
     last = world - 1
