@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.dlpack import from_dlpack
 
@@ -14,12 +16,10 @@ from nsa_sel.errors import ArgumentError, ArgumentTypeError
 
 def attend(backend: str, /, *arguments: Any, **keywords: Any) -> Any:
     """Call `selection_attention` with arrays, without a copy: out, and with `return_lse` (out, lse), in q's library."""
-    library = _library_of(arguments[0])
+    returned = _way_back(arguments[0])
     arguments, keywords = as_tensors(arguments, keywords)
     result = execute.attend(backend, *arguments, **keywords)
-    if library is None:
-        return result
-    return tuple(map(library.from_dlpack, result)) if isinstance(result, tuple) else library.from_dlpack(result)
+    return tuple(map(returned, result)) if isinstance(result, tuple) else returned(result)
 
 
 def as_tensors(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -66,10 +66,12 @@ def _as_tensor(name: str, value: Any) -> Any:
     return tensor if tensor.numel() else tensor.new_empty(tensor.shape)
 
 
-def _library_of(q: Any) -> Any | None:
-    """Return the library of an array, by which its like is made; None where q is none."""
+def _way_back(q: Any) -> Callable[[torch.Tensor], Any]:
+    """Return what turns a tensor into an array like q, of the same memory."""
+    if isinstance(q, np.ndarray):
+        return torch.Tensor.numpy  # numpy.from_dlpack makes read-only arrays of an older torch's tensors
     if not _is_foreign(q):
-        return None
-    if hasattr(q, "__array_namespace__"):  # NumPy 2, CuPy 14 and JAX, by the array API standard
-        return q.__array_namespace__()
-    return sys.modules[type(q).__module__.partition(".")[0]]
+        return lambda tensor: tensor
+    if hasattr(q, "__array_namespace__"):  # CuPy 14 and JAX, by the array API standard
+        return q.__array_namespace__().from_dlpack
+    return sys.modules[type(q).__module__.partition(".")[0]].from_dlpack

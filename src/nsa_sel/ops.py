@@ -28,6 +28,7 @@ _TYPES = {
 }
 # The operator takes the arguments of `check` one by one: all but out, which is copied to, then these two.
 _PARAMETERS = {name: p for name, p in inspect.signature(check).parameters.items() if name != "out"}
+_DEFAULTS = {name: p.default for name, p in _PARAMETERS.items()}
 _NAMES = (*_PARAMETERS, "backend", "requires_grad")
 _ARGUMENTS = ", ".join(
     [f"{_TYPES[p.annotation]} {name}" for name, p in _PARAMETERS.items()] + ["str backend", "bool requires_grad"]
@@ -67,9 +68,11 @@ def must_see(q: torch.Tensor) -> bool:
 
 def attend(backend: str, /, *arguments: Any, **keywords: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Call the operator with the arguments of `selection_attention`; out, and with `return_lse` (out, lse)."""
-    given = dict(zip(_PARAMETERS, arguments, strict=False)) | keywords
-    out = given.pop("out", None)
-    values = [given.get(name, p.default) for name, p in _PARAMETERS.items()]
+    # in words that torch.compile of torch 2.6 can trace
+    out = keywords.get("out")
+    values = list(arguments)
+    for name in _NAMES[len(arguments) : -2]:
+        values.append(keywords.get(name, _DEFAULTS[name]))
     q, k, v = values[:3]
     refuse_tangents({"q": q, "k": k, "v": v})
     # below autograd, where the operator runs, tensors no longer tell whether gradients will be asked of them
