@@ -250,3 +250,9 @@ def test_subclasses_of_tensors_take_the_operator() -> None:
     inputs = case("h4").inputs()
     out, lse = nsa_sel.selection_attention(**inputs.arguments(return_lse=True) | {"q": torch.nn.Parameter(inputs.q)})
     assert_matches_reference(out.detach(), lse.detach(), inputs)
+
+
+@pytest.mark.parametrize("name", ["dims-192x128-fp16", "dims-192x128-fp32", "empty-rows", "no-slots"])
+def test_results_are_as_contiguous_as_the_operator_says(name: str) -> None:
+    for result in nsa_sel.selection_attention(**case(name).inputs().arguments(return_lse=True)):
+        assert result.is_contiguous()
