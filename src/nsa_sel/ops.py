@@ -1,4 +1,4 @@
-"""The function as a `torch.library` operator: one node for torch.compile, torch.export, torch.func and fake tensors.
+"""The function as one operator, one node: for torch.compile, torch.export, torch.func and fake tensors.
 
 Plain eager calls never come here: the dispatcher costs several microseconds that a decode step does not have.
 """
@@ -9,6 +9,7 @@ import inspect
 from typing import Any
 
 import torch
+from torch import library
 from torch._C import _len_torch_dispatch_stack
 from torch._C._functorch import TransformType, peek_interpreter_stack
 from torch.autograd import forward_ad
@@ -225,4 +226,4 @@ _library.impl("selection_attention", _forward, "CompositeExplicitAutograd")
 _library.impl("selection_attention_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_autograd("nsa_sel::selection_attention", _differentiate, setup_context=_save, lib=_library)
 for _operator in (torch.ops.nsa_sel.selection_attention, torch.ops.nsa_sel.selection_attention_backward):
-    torch.library.register_vmap(_operator.default, _each(_operator.default), lib=_library)
+    library.register_vmap(_operator.default, _each(_operator.default), lib=_library)
