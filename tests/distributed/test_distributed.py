@@ -135,11 +135,11 @@ def test_without_a_group_there_is_an_error() -> None:
         distributed.selection_attention(**case("h4").inputs().arguments())
 
 
-@pytest.mark.parametrize("killed", [True, False], ids=["killed", "absent"])
-def test_a_lost_rank_gives_the_others_an_error_within_the_timeout(killed: bool, tmp_path: Path) -> None:
-    told_by = run_ranks(functools.partial(work.one_rank_is_lost, killed=killed), 4, tmp_path)
-    assert told_by[1] is None
+def test_a_lost_rank_gives_the_others_an_error_within_the_timeout(tmp_path: Path) -> None:
+    told_by = run_ranks(work.one_rank_is_lost, 4, tmp_path)
+    assert told_by[1] is None  # killed
     for rank in (0, 2, 3):
-        told, seconds = told_by[rank]
-        assert told != "nothing"
-        assert seconds < work.LOST_TIMEOUT + 2
+        assert set(told_by[rank]) == {"absent", "killed"}
+        for error, seconds in told_by[rank].values():
+            assert "Error: " in error
+            assert seconds < work.LOST_TIMEOUT + 5  # on a busy machine

@@ -173,27 +173,28 @@ def together(rank: int, world: int) -> dict[str, Any]:
     return {work.__name__: work(rank, world) for work in works}
 
 
-def one_rank_is_lost(rank: int, world: int, killed: bool) -> tuple[str, float] | None:
-    """Lose rank 1, killed in the middle of a collective or never coming to it; say what the others got and when."""
+def one_rank_is_lost(rank: int, world: int) -> dict[str, tuple[str, float]]:
+    """Lose rank 1, which first does not come to a collective and then is killed in the middle of one.
+
+    Return for each what this rank got instead of a result, and after how many seconds.
+    """
     arguments = part_of(make_inputs(ranges=torch.tensor([[[[[0, 256]]]]])), room(256, rank, world, None))
-    group = dist.new_group(timeout=timedelta(seconds=LOST_TIMEOUT))
-    distributed.selection_attention(**arguments, group=group)
-    last = world - 1
-    if rank == 1 and not killed:
-        time.sleep(3 * LOST_TIMEOUT)
-        return None
-    if rank == 1:
-        # the last rank lets the others wait, so that this one dies while it waits with them
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
-    elif rank == last and killed:
-        time.sleep(1.0)
-    begin = time.monotonic()
-    try:
+    groups = {how: dist.new_group(timeout=timedelta(seconds=LOST_TIMEOUT)) for how in ("absent", "killed")}
+    for group in groups.values():
         distributed.selection_attention(**arguments, group=group)
-        told = "nothing"
-    except RuntimeError as error:
-        told = type(error).__name__
-    seconds = time.monotonic() - begin
-    # stay alive as a server would: the others' errors may not depend on this process going too
-    time.sleep(max(0.0, 2 * LOST_TIMEOUT + 1 - seconds))
-    return told, seconds
+    told = {}
+    for how, group in groups.items():
+        begin = time.monotonic()
+        if how == "killed":
+            if rank == 1:
+                # the last rank lets the others wait, so that this one dies while it waits with them
+                threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGKILL)).start()
+            elif rank == world - 1:
+                time.sleep(1.0)
+        if rank != 1 or how == "killed":
+            call = time.monotonic()
+            error = refusal(**arguments, group=group)
+            told[how] = (error, time.monotonic() - call)
+        # stay alive as a server would: the others' errors may not depend on this process going too
+        time.sleep(max(0.0, begin + 2 * LOST_TIMEOUT - time.monotonic()))
+    return told
