@@ -72,7 +72,7 @@ def selection_attention(
         return_lse: also return the natural log-sum-exp of the scaled logits.
         batch_invariant: a row's bits do not depend on the rest of the batch.
         out: tensor [B, S, G, h, Dv] of v's dtype to write to; its last dimension must be contiguous, and it must not
-            share memory with q, k or v.
+            share memory with any other argument or with itself.
         backend: "auto", "cuda", "triton" or "sdpa".
 
     Returns:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch.autograd import forward_ad
 
+from nsa_sel import _overlap
 from nsa_sel.call import Call
 from nsa_sel.errors import ArgumentError, ArgumentTypeError, AutogradError
 
@@ -107,9 +108,9 @@ def check(
         _require("counts", counts, _COUNTS, (B, S, G), ("B", "S", "G"), device, False)
     if seq_lens is not None:
         _require("seq_lens", seq_lens, _COUNTS, (B,), ("B",), device, False)
-    _flag("causal", causal)
-    _flag("return_lse", return_lse)
-    _flag("batch_invariant", batch_invariant)
+    flag("causal", causal)
+    flag("return_lse", return_lse)
+    flag("batch_invariant", batch_invariant)
     if max_selected is not None:
         max_selected = _integer("max_selected", max_selected, 0, "or None")
     scale = Dk**-0.5 if softmax_scale is None else _finite("softmax_scale", softmax_scale)
@@ -117,7 +118,14 @@ def check(
     requires_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
     refuse_tangents({"q": q, "k": k, "v": v})
     if out is not None:
-        _check_out(out, (B, S, G, h, Dv), dtype, device, requires_grad)
+        check_out(out, (B, S, G, h, Dv), dtype, device, requires_grad)
+        _check_memory(
+            out,
+            {
+                "q": q, "k": k, "v": v, "ranges": ranges, "block_indices": block_indices, "counts": counts,
+                "seq_lens": seq_lens, "block_table": block_table, "table_rows": table_rows,
+            },
+        )  # fmt: skip
 
     return Call(
         q=q, k=k, v=v, ranges=ranges, block_indices=block_indices, counts=counts, seq_lens=seq_lens,
@@ -197,12 +205,17 @@ def _integer(name: str, value: object, least: int, note: str) -> int:
 def _finite(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ArgumentTypeError(f"{name}: expected a finite float or None, got {type(value).__name__} {value!r}")
-    if not math.isfinite(value):
+    try:
+        found = float(value)
+    except OverflowError:
+        raise ArgumentError(f"{name}: expected a finite float or None, got a number beyond every float") from None
+    if not math.isfinite(found):
         raise ArgumentError(f"{name}: expected a finite float or None, got {value!r}")
-    return float(value)
+    return found
 
 
-def _flag(name: str, value: object) -> None:
+def flag(name: str, value: object) -> None:
+    """Require a bool."""
     if value is not True and value is not False:
         raise ArgumentTypeError(f"{name}: expected a bool, got {type(value).__name__} {value!r}")
 
@@ -216,11 +229,19 @@ def refuse_tangents(tensors: dict[str, torch.Tensor]) -> None:
             raise AutogradError(f"{name}: expected no forward-mode derivative to be asked for, got a dual tensor")
 
 
-def _check_out(
+def check_out(
     out: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, requires_grad: bool
 ) -> None:
+    """Check everything about `out` that does not need its address; under torch.compile there is none."""
     _require("out", out, (dtype,), shape, ("B", "S", "G", "h", "Dv"), device)
-    if any(stride == 0 and extent > 1 for extent, stride in zip(out.shape, out.stride(), strict=True)):
-        raise ArgumentError(f"out: expected memory of its own for each element, got strides {list(out.stride())}")
     if requires_grad or (torch.is_grad_enabled() and out.requires_grad):
         raise AutogradError("out: expected no gradients to be required (out= has none), got requires_grad=True")
+
+
+def _check_memory(out: torch.Tensor, inputs: dict[str, torch.Tensor | None]) -> None:
+    """Require that `out` has memory of its own."""
+    if _overlap.overlaps_itself(out):
+        raise ArgumentError(f"out: expected memory of its own for each element, got strides {list(out.stride())}")
+    for name, tensor in inputs.items():
+        if tensor is not None and _overlap.overlap(out, tensor):
+            raise ArgumentError(f"out: expected memory of its own, got some that is {name}'s too")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from typing import Any
 
 import torch
 
-from nsa_sel import _build, backends, debug, routing, stats, switches
+from nsa_sel import _build, _fork, backends, debug, routing, stats, switches
 from nsa_sel import policy as policies
 from nsa_sel.backends import cuda
 from nsa_sel.call import Call
@@ -16,7 +15,7 @@ from nsa_sel.check import check
 from nsa_sel.errors import KernelLaunchError, PlanError
 from nsa_sel.routing import Decision
 
-_lock = threading.Lock()
+_lock = _fork.lock()
 _refused: frozenset[tuple[int, str]] = frozenset()  # (device index, kernel): never tried again by "auto"
 _policy: policies.Policy | None = None
 _policy_read = False

@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from nsa_sel import execute
 from nsa_sel.backends import sdpa
 from nsa_sel.call import Call
-from nsa_sel.check import check, refuse_tangents
+from nsa_sel.check import check, check_out, flag, refuse_tangents
 from nsa_sel.errors import AutogradError, BackendError
 
 _TYPES = {
@@ -78,8 +78,11 @@ def attend(backend: str, /, *arguments: Any, **keywords: Any) -> torch.Tensor | 
     refuse_tangents({"q": q, "k": k, "v": v})
     # below autograd, where the operator runs, tensors no longer tell whether gradients will be asked of them
     requires_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    if out is not None and requires_grad:
-        raise AutogradError("out: expected no gradients to be required (out= has none), got requires_grad=True")
+    for name in ("causal", "return_lse", "batch_invariant"):
+        flag(name, values[_NAMES.index(name)])
+    if out is not None:
+        # while a graph is traced there are no addresses: what `out` shares with other tensors is not seen
+        check_out(out, (*q.shape[:4], v.shape[-1]), v.dtype, v.device, requires_grad)
     operator: Any = torch.ops.nsa_sel.selection_attention.default
     if not torch.compiler.is_compiling():
         transform = peek_interpreter_stack()

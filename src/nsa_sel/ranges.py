@@ -67,6 +67,7 @@ def blocks_to_ranges(block_indices: torch.Tensor, block_size: int) -> torch.Tens
         raise ArgumentError(f"block_size: expected an int >= 1, got {block_size}")
     # a block beyond 64 bits lies beyond every cache: it is cut off at the largest value instead of wrapping around
     largest = torch.iinfo(torch.int64).max
+    block_size = min(block_size, largest)
     ids = block_indices.to(torch.int64)
     start = ids.clamp(0, largest // block_size) * block_size
     spans = torch.stack([start, start + (largest - start).clamp_max(block_size)], dim=-1)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
+from nsa_sel import _fork
 
-_lock = threading.Lock()
+_lock = _fork.lock()
 _counts: dict[str, dict[str, int]] = {}
 
 

@@ -194,3 +194,22 @@ def test_the_operator_is_well_formed(name: str, gradients: bool, lse: bool) -> N
     arguments = (*operands(inputs, q=q, k=k, v=v, return_lse=lse), "auto", gradients)
     results = torch.library.opcheck(torch.ops.nsa_sel.selection_attention.default, arguments)
     assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize(
+    ("out", "text"),
+    [
+        (torch.zeros(1, 1, 2, 4, 64), "out: expected bfloat16"),  # copy_ would round it silently
+        (torch.zeros(3, 1, 2, 4, 64, dtype=torch.bfloat16), r"out: expected bfloat16 \[B=1"),  # and spread this one
+    ],
+)
+def test_out_is_checked_while_tracing(out: torch.Tensor, text: str) -> None:
+    with pytest.raises(RuntimeError, match=text):
+        compiled(nsa_sel.selection_attention)(**case("h4").inputs().arguments(), out=out)
+
+
+@pytest.mark.parametrize("name", ["causal", "return_lse", "batch_invariant"])
+def test_flags_are_checked_while_tracing(name: str) -> None:
+    arguments = case("h4").inputs().arguments() | {name: 1}
+    with pytest.raises(RuntimeError, match=f"{name}: expected a bool, got int 1"):
+        compiled(nsa_sel.selection_attention)(**arguments)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from nsa_sel import _fork
 from nsa_sel._build import DeviceInfo
 from nsa_sel.backends import _backward, _cpu, _gather
 from nsa_sel.backends._gather import Counters, Selection
@@ -25,7 +25,7 @@ from nsa_sel.backends._plan import MEMORY_BUDGET, Chunk, captured_bound, make_pl
 from nsa_sel.call import Call
 
 _totals = Counters()
-_lock = threading.Lock()
+_lock = _fork.lock()
 
 
 def counters() -> Counters:
