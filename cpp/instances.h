@@ -7,9 +7,15 @@
 
 namespace nsa_sel {
 
-// X(dtype, Dk, Dv): every line is compiled for the three head tiles 16, 32 and 64.
+// X(dtype, Dk, Dv): every line is compiled for the three head tiles 16, 32 and 64. Dims are multiples of kDimStep.
+// clang-format off
 #define NSA_SEL_FOR_EACH_DIMS(X, dtype) \
-  X(dtype, 64, 64) X(dtype, 64, 128) X(dtype, 128, 64) X(dtype, 128, 128) X(dtype, 192, 128)
+  X(dtype, 64, 64)                      \
+  X(dtype, 64, 128)                     \
+  X(dtype, 128, 64)                     \
+  X(dtype, 128, 128)                    \
+  X(dtype, 192, 128)
+// clang-format on
 
 // Experiments beside them, at most four: bulk copies at the shapes of NSA and MiniMax-M3.
 #define NSA_SEL_FOR_EACH_BULK_DIMS(X) \
@@ -35,6 +41,16 @@ inline constexpr InstanceKey kInstances[] = {
 #undef NSA_SEL_KEYS
 #undef NSA_SEL_KEY
 };
+// The width of a swizzled row in shared memory: a tile is made of whole ones.
+inline constexpr int kDimStep = 64;
+constexpr bool dims_are_whole_steps() {
+  for (const InstanceKey& key : kInstances) {
+    if (key.Dk % kDimStep != 0 || key.Dv % kDimStep != 0) return false;
+  }
+  return true;
+}
+static_assert(dims_are_whole_steps(), "Dk and Dv of a kernel are multiples of 64");
+
 inline constexpr int kNumInstances = int(sizeof(kInstances) / sizeof(kInstances[0]));
 
 // The index in kInstances of the smallest head tile that holds h heads, or -1.

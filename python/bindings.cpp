@@ -119,6 +119,7 @@ py::dict tile_shape(int Dk, int Dv, int head_tile, const std::string& loads) {
 PYBIND11_MODULE(_core, m) {
   m.doc() = "Compiled part of nsa_sel: launch planning and, where built with them, the CUDA kernels.";
   m.def("build_info", &build_info, "What this build holds: kernels, architectures, instances, CUDA version.");
+  m.def("instances", &instance_list, "The table of instances in cpp/instances.h, whether it is compiled or not.");
   m.def("request_fields", &request_fields, "(name, number of 64-bit values) of each member of a DecodeRequest.");
   m.def("tile_shape", &tile_shape, "Compile-time numbers of an instance.", py::arg("Dk"), py::arg("Dv"),
         py::arg("head_tile"), py::arg("loads") = "cp.async");

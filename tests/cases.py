@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from nsa_sel import _core
 from nsa_sel.testing import Inputs, make_inputs
 
 HALF = (torch.float16, torch.bfloat16)
-KERNEL_DIMS = ((64, 64), (64, 128), (128, 64), (128, 128), (192, 128))
+KERNEL_DIMS = sorted({(i["Dk"], i["Dv"]) for i in _core.instances()})
 INT32_MAX, INT32_MIN = 2**31 - 1, -(2**31)
 INT64_MAX, INT64_MIN = 2**63 - 1, -(2**63)
 

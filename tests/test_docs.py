@@ -18,9 +18,13 @@ import typer
 
 import nsa_sel
 from nsa_sel.cli.app import app
+from tests.kernel import table
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+ARCHITECTURE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 DOCTESTED = (
     "nsa_sel", "nsa_sel._build", "nsa_sel.api", "nsa_sel.cli.demo", "nsa_sel.distributed", "nsa_sel.facts",
     "nsa_sel.merge", "nsa_sel.policy", "nsa_sel.ranges", "nsa_sel.reference", "nsa_sel.routing", "nsa_sel.stats",
@@ -28,22 +32,21 @@ DOCTESTED = (
 )  # fmt: skip
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
 
 
-def section(title: str) -> str:
-    (found,) = re.findall(rf"^## {title}\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL)
-    return found
+def test_the_readme_is_short() -> None:
+    assert README.count("\n") <= 120
 
 
 def test_python_of_the_readme_runs_and_prints_what_it_says() -> None:
     names: dict[str, object] = {}
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        for block in blocks("python"):
+        for block in blocks("python") + blocks("python", ARCHITECTURE):
             exec(compile(block, "README.md", "exec"), names)
-    assert len(blocks("python")) == 2
+    assert len(blocks("python")) == len(blocks("python", ARCHITECTURE)) == 1
     if not torch.cuda.is_available():
         assert [printed.getvalue()] == blocks("text")
 
@@ -94,38 +97,33 @@ def test_public_functions_have_an_example() -> None:
             assert ">>> " in (public.__doc__ or ""), f"{name}: expected an example in its docstring"
 
 
-def test_commands_of_the_readme_exist() -> None:
+def test_commands_of_the_documents_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert {"demo", "test", "test-full", "wheel", "lint", "bench", "clean"} <= targets
-    assert set(re.findall(r"`make ([a-z-]+)`", README)) <= targets
+    assert set(re.findall(r"`make ([a-z-]+)`", CONTRIBUTING)) <= targets
     commands = set(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
-    assert set(re.findall(r"`nsa-sel ([a-z]+)", README)) == commands
+    assert set(re.findall(r"`nsa-sel ([a-z]+)", CONTRIBUTING)) == commands
 
 
-def test_the_table_of_kernels_is_the_table_of_instances() -> None:
-    rows = re.findall(r"^\| (float16|bfloat16) \| (.+) \| 1 to (\d+) \|$", section("Which backend runs"), re.MULTILINE)
-    told = {(dtype, *map(int, pair.split("/"))) for dtype, pairs, _ in rows for pair in pairs.split(", ")}
-    header = (ROOT / "cpp" / "instances.h").read_text()
-    compiled = {tuple(map(int, pair)) for pair in re.findall(r"X\(dtype, (\d+), (\d+)\)", header)}
-    assert told == {(dtype, *pair) for dtype in ("float16", "bfloat16") for pair in compiled}
+def test_the_support_matrix_is_the_table_of_instances() -> None:
+    assert table.shown_matrix() == table.generated_matrix(), "run: python -m tests.kernel.table"
     build = nsa_sel.build_info()
     if build["kernels"]:
-        assert told == {(one["dtype"], one["Dk"], one["Dv"]) for one in build["instances"]}
-        assert {int(most) for *_, most in rows} == {max(one["head_tile"] for one in build["instances"])}
+        assert build["instances"] == nsa_sel._core.instances()
 
 
-def test_every_variable_is_in_the_readme() -> None:
+def test_every_variable_is_on_the_page_of_configuration() -> None:
     sources = [*ROOT.glob("src/**/*.py"), *ROOT.glob("cmake/*.cmake"), ROOT / "CMakeLists.txt", ROOT / "pyproject.toml"]
     # Read from the environment or given to CMake; the rest of the upper-case names are macros of the C++ code.
     used = {name for path in sources for name in re.findall(r"\bNSA_SEL_[A-Z_]+\b", path.read_text(encoding="utf-8"))}
     macros = {"NSA_SEL_HAS_KERNELS", "NSA_SEL_NO_KERNELS_REASON", "NSA_SEL_CUDA_VERSION", "NSA_SEL_VERSION"}
     macros.add("NSA_SEL_OLDEST_CUDA")
-    assert used - macros == set(re.findall(r"\bNSA_SEL_[A-Z_]+\b", README))
+    assert used - macros == set(re.findall(r"\bNSA_SEL_[A-Z_]+\b", CONFIGURATION))
 
 
 def test_the_list_of_files_is_complete_and_has_no_ghosts() -> None:
     listed: set[str] = set()
-    for cell in re.findall(r"^\| (`[^|]+`) \|", section("Files"), re.MULTILINE):
+    for cell in re.findall(r"^\| (`[^|]+`) \|", ARCHITECTURE, re.MULTILINE):
         folder = ""
         for path in re.findall(r"`([^`]+)`", cell):
             # `a/b.py`, `c.py`: the second stands beside the first, unless it is found from the root

@@ -30,7 +30,6 @@ from nsa_sel import _build
 from nsa_sel.errors import BackendError
 
 NOT_MEASURED = "NOT MEASURED"
-LATENCY = 0.8e-6  # seconds from request to data under load; an estimate
 SMEM_BYTES_PER_CLOCK = 128
 DEFAULT_DIMS = ((192, 128), (128, 128))  # the NSA paper and MiniMax-M3
 _MANY_ROWS = 4096  # requests: whole rows fill every SM
@@ -102,7 +101,6 @@ class Fact:
     in_flight: int  # bytes an SM, (slots - 1) x slot bytes x blocks
     needed: int
     smem_busy: float  # model: share of shared memory's bandwidth when global memory is saturated
-    expected_share: float  # model: of the bandwidth ceiling
 
 
 def kernel_of_symbol(symbol: str) -> Key | None:
@@ -218,11 +216,9 @@ def smem_traffic(tile: dict[str, int]) -> float:
     return (k_bytes * Dk + v_bytes * Dv) / (Dk + Dv)
 
 
-def model(tile: dict[str, int], gpu: Gpu, in_flight: int) -> tuple[float, float]:
-    """Return (share of shared memory's bandwidth in use, expected share of the bandwidth ceiling), a model."""
-    per_sm = gpu.bandwidth / gpu.sm_count
-    busy = smem_traffic(tile) * per_sm / gpu.clock / SMEM_BYTES_PER_CLOCK
-    return busy, min(1.0, in_flight / (per_sm * LATENCY)) * min(1.0, 1 / busy)
+def model(tile: dict[str, int], gpu: Gpu) -> float:
+    """Return the share of shared memory's bandwidth in use where K and V arrive at full speed, a model."""
+    return smem_traffic(tile) * gpu.bandwidth / gpu.sm_count / gpu.clock / SMEM_BYTES_PER_CLOCK
 
 
 def collect(*, everything: bool = False) -> list[Fact]:
@@ -255,7 +251,7 @@ def _fact(name: str, key: Key, gpu: Gpu, used: dict[tuple[str, Key], Resources],
     planned = plan(key, gpu, B=_MANY_ROWS)
     slots, blocks = planned["num_slots"], planned["blocks_per_sm"]
     in_flight = bytes_in_flight(slots, tile["slot_bytes"], blocks)
-    busy, share = model(tile, gpu, in_flight)
+    busy = model(tile, gpu)
     kernel = used.get((str(gpu.capability), key))
     if kernel is None and why is None:
         why = f"no machine code for sm_{gpu.capability} in this build"
@@ -264,13 +260,13 @@ def _fact(name: str, key: Key, gpu: Gpu, used: dict[tuple[str, Key], Resources],
         architecture=f"sm_{gpu.capability}", registers=kernel.registers if kernel else None,
         stack=kernel.stack if kernel else None, why=None if kernel else why, smem_bytes=planned["smem_bytes"],
         slots=slots, slot_bytes=tile["slot_bytes"], blocks_per_sm=blocks, in_flight=in_flight,
-        needed=_core().bytes_in_flight_needed(gpu.capability), smem_busy=busy, expected_share=share,
+        needed=_core().bytes_in_flight_needed(gpu.capability), smem_busy=busy,
     )  # fmt: skip
 
 
 COLUMNS = (
     "kernel", "GPU", "registers", "stack", "smem / block", "slots x bytes", "blocks / SM", "in flight / SM", "needed",
-    "smem busy (model)", "share of ceiling (model)",
+    "smem busy (model)",
 )  # fmt: skip
 
 
@@ -280,7 +276,7 @@ def cells(fact: Fact) -> tuple[str, ...]:
     return (
         fact.kernel, f"{fact.gpu}, {fact.architecture}", *binary, f"{fact.smem_bytes:,}",
         f"{fact.slots} x {fact.slot_bytes:,}", str(fact.blocks_per_sm), f"{fact.in_flight:,}", f"{fact.needed:,}",
-        f"{fact.smem_busy:.0%}", f"{fact.expected_share:.0%}",
+        f"{fact.smem_busy:.0%}",
     )  # fmt: skip
 
 
@@ -294,7 +290,7 @@ def notes(facts: Iterable[Fact]) -> list[str]:
 
 
 def markdown(facts: list[Fact]) -> str:
-    """Return the table as the README shows it."""
+    """Return the table as docs/kernels.md shows it."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     lines += ["| " + " | ".join(cells(fact)) + " |" for fact in facts]
     return "\n".join([*lines, "", *notes(facts)]) + "\n"

@@ -38,7 +38,8 @@ def limits(call: Call, device: DeviceInfo | None) -> str | None:
     if not build.kernels:
         return f"this build has no kernels: {build.reason}"
     if build.instance_for(call.dtype, call.Dk, call.Dv, call.h) is None:
-        return f"no kernel compiled for {call.dtype} Dk={call.Dk} Dv={call.Dv} h={call.h}"
+        found = f"{call.dtype} Dk={call.Dk} Dv={call.Dv} h={call.h}"
+        return f"no kernel compiled for {found} (its dims are multiples of 64; build_info() lists them)"
     if not build.runs_on(device.capability):
         return f"no kernel compiled for compute capability {device.capability[0]}.{device.capability[1]}"
     return kernel_limits(call)

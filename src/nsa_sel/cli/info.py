@@ -26,7 +26,9 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     kernels: Annotated[bool, typer.Option("--kernels", help="Print the table of facts about the kernels.")] = False,
     everything: Annotated[bool, typer.Option("--all", help="With --kernels: every instance.")] = False,
-    as_markdown: Annotated[bool, typer.Option("--markdown", help="With --kernels: as the README shows it.")] = False,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="With --kernels: as docs/kernels.md shows it.")
+    ] = False,
 ) -> None:
     """Print the build, devices, switches and policy and what routing makes of them, or the facts of the kernels."""
     if not kernels and (everything or as_markdown):
