@@ -107,16 +107,16 @@ bench: $(VENV)/.stamp-dev
 
 # Resumable: the same command goes on where it stopped. A GPU machine may lack network and most of our tools, so nothing is
 # installed but this package, into an environment of its own; DRY=1 takes the development environment of this checkout.
-GPU_OUT = $(if $(filter file,$(origin OUT)),build/gpu/round,$(OUT))
+GPU_OUT = $(if $(filter file,$(origin OUT)),build/gpu/run,$(OUT))
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
-gpu: $(if $(DRY),$(VENV)/.stamp-dev)
+gpu: $(if $(DRY),$(VENV)/.stamp-dry)
 	$(GPU_PYTHON) -m benchmarks.gpu --out $(GPU_OUT) $(if $(DRY),--dry) $(if $(SMALL),--small) $(if $(FORCE),--force) \
-	  $(if $(STEPS),--steps $(STEPS)) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(BUDGET),--seconds $(BUDGET)) \
+	  $(if $(STEPS),--steps $(STEPS)) $(if $(PEERS),--peers $(PEERS)) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(BUDGET),--seconds $(BUDGET)) \
 	  $(if $(PACK),--pack $(PACK))
 
 clean:
 	rm -rf build dist demo_out example_out .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f $(VENV)/.stamp-dev $(VENV)/.stamp-demo
+	rm -f $(VENV)/.stamp-dev $(VENV)/.stamp-demo $(VENV)/.stamp-dry
 
 distclean: clean
 	rm -rf $(VENV)
@@ -138,6 +138,14 @@ $(VENV)/.stamp-demo: $(VENV)/.stamp-torch $(BUILD_INPUTS)
 	@touch $@.begun
 	@echo "no GPU here: this install leaves the CUDA kernels out, and the demo takes the PyTorch path"
 	NSA_SEL_WITHOUT_KERNELS=ON NSA_SEL_REQUIRE_KERNELS=OFF $(PIP) install --editable '.[cli]'
+	@mv $@.begun $@
+
+# What the dry form of the GPU run needs: the tests' packages, and no compiled kernel, for none could run.
+$(VENV)/.stamp-dry: $(VENV)/.stamp-torch $(BUILD_INPUTS)
+	@touch $@.begun
+	test -e $(VENV)/.stamp-dev || $(PIP) install cmake ninja pybind11 scikit-build-core
+	test -e $(VENV)/.stamp-dev || NSA_SEL_WITHOUT_KERNELS=ON NSA_SEL_REQUIRE_KERNELS=OFF \
+	  $(PIP) install --no-build-isolation --editable '.[test]'
 	@mv $@.begun $@
 
 $(VENV)/.stamp-dev: $(VENV)/.stamp-torch $(BUILD_INPUTS)

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from nsa_sel.measure.environment import environment, tf32_off
-from nsa_sel.measure.session import device_of
-from nsa_sel.measure.workload import load_suites
+from nsa_sel.measure.run.environment import environment, tf32_off
+from nsa_sel.measure.run.session import device_of
+from nsa_sel.measure.run.workload import load_suites
 
 VOLATILE = ("time", "command", "commit", "clocks")
 

@@ -1,1 +1,1 @@
-"""The round on a GPU: one resumable command that builds, proves and measures, and its dry form."""
+"""The GPU validation run: one resumable command that builds, proves and measures, and its dry form."""

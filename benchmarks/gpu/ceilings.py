@@ -5,9 +5,6 @@ A streaming read by byte count, an empty kernel as a node of a CUDA graph, the h
 
 from __future__ import annotations
 
-import csv
-import ctypes
-import shutil
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,15 +12,17 @@ from typing import Any
 import torch
 
 import nsa_sel
-from benchmarks.gpu.common import arguments, finish, has_gpu
-from benchmarks.gpu.twins import device_library
-from nsa_sel.measure import clock
-from nsa_sel.measure.ceiling import measure_ceiling
+from benchmarks.gpu.runner import arguments, finish
+from nsa_sel.measure.files import csv_text, write_atomically
+from nsa_sel.measure.run import clock
+from nsa_sel.measure.run.ceiling import fastest_reader
+from nsa_sel.measure.run.inputs import MAX_VARIANTS
 
 MB = 10**6
 COLUMNS = ("what", "mode", "bytes", "nodes", "ms_median", "ms_p20", "ms_p80", "gbps", "how", "device")
 SIZES = (MB, 2_621_440, 16 * MB, 64 * MB, 256 * MB, 512 * MB, 1024 * MB)  # 2,621,440: the NSA paper's step at B = 1
-NODES = (1, 2, 16)
+NODES = tuple(range(2, MAX_VARIANTS + 1, 2))  # as many as a benchmark's graph may hold calls: what is subtracted from
+Rows = list[dict[str, Any]]
 ITERS, WARMUP = 50, 5
 HOST_CALLS = 200
 
@@ -36,31 +35,26 @@ def times(samples: list[float]) -> dict[str, str]:
     }
 
 
-def reads(device: torch.device, sizes: tuple[int, ...], modes: tuple[str, ...], iters: int) -> list[dict[str, Any]]:
-    """Return rows of a streaming read of each size in each mode, over buffers that together do not fit into L2."""
+def reads(device: torch.device, sizes: tuple[int, ...], modes: tuple[str, ...], iters: int) -> Rows:
+    """Return rows of a streaming read of each size in each mode, over buffers that take turns."""
     rows = []
     l2 = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
     for size in sizes:
-        count = min(max(2, -(-2 * l2 // size)), 16)  # as many as a benchmark has variants of its inputs
+        count = min(max(2, -(-2 * l2 // size)), MAX_VARIANTS)
         for mode in modes:
             memory = torch.cuda.mem_get_info(device)[0] // 3 if device.type == "cuda" else 1 << 28
-            found = measure_ceiling(size, count, mode, device, iters, WARMUP, memory)
-            row = {"what": "streaming read", "mode": mode, "bytes": found.read_bytes, "nodes": count}
-            rows.append(row | times(found.samples) | {"gbps": f"{found.gbps:.7g}", "how": found.reader})
+            name, read, calls = fastest_reader(size, count, mode, device, memory)
+            samples = clock.samples(calls, mode, device, iters, WARMUP)
+            row = {"what": "streaming read", "mode": mode, "bytes": read, "nodes": count} | times(samples)
+            rows.append(row | {"gbps": f"{read / clock.quantiles(samples)[0] / 1e6:.7g}", "how": name})
     return rows
 
 
-def empty_nodes(device: torch.device, library: ctypes.CDLL, nodes: tuple[int, ...]) -> list[dict[str, Any]]:
-    """Return rows of graphs of so many empty kernels, the time for one of them."""
-
-    def empty() -> None:
-        stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
-        if (code := library.probe_empty(None, None, None, 0, stream)) != 0:
-            raise RuntimeError(f"empty kernel: launch error {code}")
-
+def empty_nodes(device: torch.device) -> Rows:
+    """Return rows of graphs of so many kernels that do nothing, the time for one of them."""
     rows = []
-    for count in nodes:
-        samples = clock.samples([empty] * count, "graph", device, ITERS, WARMUP)
+    for count in NODES:
+        samples = clock.samples([lambda: torch.cuda._sleep(0)] * count, "graph", device, ITERS, WARMUP)
         rows.append({"what": "empty kernel", "mode": "graph", "bytes": 0, "nodes": count} | times(samples))
     return rows
 
@@ -78,7 +72,7 @@ def host_time(call: Callable[[], Any], device: torch.device, rounds: int, calls:
     return samples
 
 
-def host_overheads(device: torch.device) -> list[dict[str, Any]]:
+def host_overheads(device: torch.device) -> Rows:
     """Return rows of what an eager call costs the host: PyTorch's smallest one beside this package's."""
     q = torch.randn(1, 1, 4, 16, 192, dtype=torch.bfloat16, device=device)
     k = torch.randn(1, 4, 512, 192, dtype=torch.bfloat16, device=device)
@@ -99,7 +93,7 @@ def host_overheads(device: torch.device) -> list[dict[str, Any]]:
     return rows
 
 
-def planned(sizes: tuple[int, ...]) -> list[dict[str, Any]]:
+def planned(sizes: tuple[int, ...]) -> Rows:
     """Return the rows that a GPU would fill."""
     rows = [{"what": "streaming read", "mode": mode, "bytes": size} for size in sizes for mode in ("eager", "graph")]
     rows += [{"what": "empty kernel", "mode": "graph", "bytes": 0, "nodes": count} for count in NODES]
@@ -110,7 +104,7 @@ def planned(sizes: tuple[int, ...]) -> list[dict[str, Any]]:
 def main() -> None:
     """Measure all and write ceilings.csv."""
     options = arguments(__doc__)
-    dry = options.dry or not has_gpu()
+    dry = options.dry or not torch.cuda.is_available()
     sizes = SIZES[:3] if options.small else SIZES
     if dry:
         reads(torch.device("cpu"), sizes[:1], ("eager",), 1)  # the reader itself works; its time on a CPU is nobody's
@@ -118,14 +112,9 @@ def main() -> None:
     else:
         device = torch.device("cuda", 0)
         name = torch.cuda.get_device_name(device)
-        rows = reads(device, sizes, ("eager", "graph"), ITERS)
-        rows += empty_nodes(device, device_library(options.out / "build"), NODES)
-        shutil.rmtree(options.out / "build", ignore_errors=True)
-        rows += host_overheads(device)
-    with (options.out / "ceilings.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row | {"device": name} for row in rows)
+        rows = reads(device, sizes, ("eager", "graph"), ITERS) + empty_nodes(device) + host_overheads(device)
+    text = csv_text(COLUMNS, (dict.fromkeys(COLUMNS, "") | row | {"device": name} for row in rows))
+    write_atomically(options.out / "ceilings.csv", text)
     finish(False, dry, f"{len(rows)} rows")
 
 

@@ -1,212 +1,160 @@
-"""The benchmarks and the judgements of the round, all by the `nsa-sel` commands.
+"""The benchmarks and the judgements of the GPU validation run, by the functions behind the `nsa-sel` commands.
 
-In the dry form the commands run on the CPU, the host run takes the kernel's place in the rows of `cuda`, and every time
-is left empty.
+Those commands need a package for the command line that a GPU machine may lack. In the dry form everything runs on the
+CPU on small shapes, and every time is left empty.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import shutil
-import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.common import MORE, ROOT, TELLS, arguments, finish, has_gpu
+import torch
+
+from benchmarks.gpu.runner import MORE, TELLS, arguments, finish
+from nsa_sel.measure import schema
+from nsa_sel.measure.files import read_csv, read_json, write_atomically, write_results
+from nsa_sel.measure.judge import gate, threshold
+from nsa_sel.measure.judge.rules import load_rules
+from nsa_sel.measure.report import page, record
+from nsa_sel.measure.run.bench import NOT_STARTED
+from nsa_sel.measure.run.race import ContextLostError, Settings
+from nsa_sel.measure.run.session import BenchSession, DecodeSession, device_of
+from nsa_sel.measure.run.workload import Workload, load_suites
 
 HERE = Path(__file__).resolve().parent
-CHUNK_SECONDS = 420  # after which bench starts no further workload; the rest of ten minutes is for the last one
-BATCHES = (1, 8, 64)
-HOST_RUN = "host run"  # in the column `ran`: the kernel's source, but no GPU
-BENCH_TIMES = ("ms_median", "ms_p20", "ms_p80", "gbps", "ceiling_gbps", "ceiling_share", "speedup")
-DECODE_TIMES = ("ms_median", "ms_p20", "ms_p80", "share")
+ROOT = HERE.parents[1]
+CHUNK_SECONDS = 400.0  # after which bench starts no further workload; the rest of ten minutes is for the last one
+BENCH_TIMES = tuple(name for name in schema.BENCH_FIGURES if name not in ("mae", "max_err"))
 Rows = list[dict[str, Any]]
 
 
-def nsa_sel(*options: object) -> int:
-    """Run the command of this environment and return its exit status."""
-    command = [str(Path(sys.executable).with_name("nsa-sel")), *map(str, options)]
-    print("$", " ".join(command), flush=True)
-    return subprocess.run(command, cwd=ROOT, check=False).returncode
-
-
-def read_rows(path: Path) -> Rows:
+def rows_of(path: Path) -> Rows:
     """Return the rows of a CSV file."""
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    header, lines = read_csv(path)
+    return [dict(zip(header, line, strict=True)) for line in lines]
 
 
-def write_rows(path: Path, rows: Rows) -> None:
-    """Write rows with the columns of the first one."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+def emptied(path: Path, columns: tuple[str, ...], times: tuple[str, ...]) -> None:
+    """Leave out every time in a CSV file and in the JSON beside it: a CPU's times are nobody's."""
+    data = read_json(path.with_suffix(".json"))
+    kept = ("environment", "workloads", "not_measured", "skipped", "notes", "finished")
+    dry = {"dry": "NOT MEASURED: no GPU, times left out"}
+    rows = [row | dict.fromkeys(times, "") for row in rows_of(path)]
+    write_results(path, columns, rows, {name: data[name] for name in kept if name in data} | dry)
+
+
+def run_bench(out: Path, workloads: list[Workload], dry: bool, resume: bool, **more: Any) -> BenchSession:
+    """Run the benchmark into `out`; what broke the CUDA context is told, and kept for the run that goes on."""
+    iters = (1, 0) if dry else (50, 5)
+    settings = Settings(device_of("cpu" if dry else ""), (), iters=iters[0], warmup=iters[1])
+    run = BenchSession(settings, more.get("modes"), more.get("names"), ROOT / "benchmarks" / "peers", out, resume)
+    try:
+        told(run.run(workloads, more.get("seconds"), every=10.0))
+    except ContextLostError as error:
+        print(f"{TELLS}{error.args[0]}; the rest in a new process", flush=True)
+        sys.exit(MORE)
+    finally:
+        print("\n".join([*run.notes, *run.summary()]), flush=True)
+    if dry:
+        emptied(out / "bench.csv", schema.BENCH_COLUMNS, BENCH_TIMES)
+    return run
 
 
 def bench(options: argparse.Namespace) -> None:
-    """The matrix with every peer that is there, a chunk at a time; 3 while there is more to do."""
+    """The matrix with every peer that is there, a chunk at a time; exit status 3 while there is more to do."""
     out = options.out
-    if options.dry or not has_gpu():
-        limit = 3 if options.small else 7
-        dry_bench(out, "ci", limit)
-        finish(False, True, f"{limit} workloads on the CPU, times left empty")
     key = out / "steps" / "bench-began.json"  # a chunk goes on only from what the same sources on the same GPU began
-    identity = key.read_text(encoding="utf-8") if key.exists() else ""
-    resume = ["--resume"] if identity == options.identity and (out / "bench.csv").exists() else []
-    key.parent.mkdir(parents=True, exist_ok=True)
-    key.write_text(options.identity, encoding="utf-8")
-    suites = "ci" if options.small else "plan,decode,models"
-    code = nsa_sel(
-        "bench", "--suite", suites, "--peers", ROOT / "benchmarks" / "peers", "--out", out, "--seconds",
-        min(CHUNK_SECONDS, max(30, options.seconds - 120)), *resume,
+    resume = key.exists() and key.read_text(encoding="utf-8") == options.identity and (out / "bench.csv").exists()
+    if not resume:
+        for name in ("bench.csv", "bench.json"):
+            (out / name).unlink(missing_ok=True)
+    write_atomically(key, options.identity)
+    workloads = load_suites(["ci"] if options.small or options.dry else ["plan", "decode", "models"])
+    names = ["cuda", "triton", "sdpa", "sdpa_prepared", "sdpa_gathered", *options.peers.split(",")]
+    seconds = min(CHUNK_SECONDS, max(30.0, options.seconds - 150))
+    run = run_bench(
+        out, workloads[: 3 if options.dry else None], options.dry, resume, seconds=seconds,
+        names=[name for name in names if name] if options.peers else None,
     )  # fmt: skip
-    data = json.loads((out / "bench.json").read_text(encoding="utf-8"))
-    late = [name for name, why in data["skipped"].items() if why.startswith("not started within")]
-    done = len({row["workload"] for row in read_rows(out / "bench.csv")})
-    if late and code in (0, 1):
+    done, late = len(run.results.workloads), [w for w in run.results.skipped.values() if w.startswith(NOT_STARTED)]
+    if late:
         print(f"{TELLS}{done} workloads are done, {len(late)} left")
         sys.exit(MORE)
-    failures = len(data["parity_failures"])
-    finish(code != 0, False, f"{done} workloads, {failures} parity failures, {len(data['skipped'])} do not fit")
+    failures = run.results.parity_failures
+    finish(
+        bool(failures), options.dry, f"{done} workloads, {len(failures)} wrong, {len(run.results.skipped)} do not fit"
+    )
 
 
 def again(options: argparse.Namespace) -> None:
-    """A few shapes in a run of their own, to hold against bench.csv: again.csv."""
+    """A few shapes in a run of their own, to compare with bench.csv: again.csv."""
     part = options.out / "part"
-    if options.dry or not has_gpu():
-        options.out.mkdir(parents=True, exist_ok=True)
-        dry_bench(part, "ci", 1)
-    else:
-        code = nsa_sel(
-            "bench", "--suite", HERE / "again.toml", "--backend", "cuda,sdpa", "--mode", "graph", "--out", part
-        )
-        if code != 0:
-            finish(True, False, f"bench ended with {code}")
-    (part / "bench.csv").replace(options.out / "again.csv")
+    shutil.rmtree(part, ignore_errors=True)
+    workloads = load_suites(["ci"])[:1] if options.dry else load_suites([str(HERE / "again.toml")])
+    run = run_bench(
+        part, workloads, options.dry, False, names=["cuda", "sdpa"], modes=["eager" if options.dry else "graph"]
+    )
+    for name in ("bench.csv", "bench.json"):
+        (part / name).replace(options.out / name.replace("bench", "again"))
     shutil.rmtree(part)
-    finish(False, options.dry or not has_gpu(), f"{len(read_rows(options.out / 'again.csv'))} rows")
+    finish(bool(run.results.parity_failures), options.dry, f"{len(run.results.rows)} rows")
 
 
 def decode(options: argparse.Namespace) -> None:
-    """The decode step, one batch size after another: a GPU whose memory ends at one still has the others."""
-    out, dry = options.out, options.dry or not has_gpu()
-    small = ["--context", "1024", "--B", "1", "--iters", "1", "--warmup", "0", "--device", "cpu"]
-    rows: Rows = []
-    data: dict[str, Any] = {}
-    failed = []
-    for batch in (1,) if dry or options.small else BATCHES:
-        part = out / "part"
-        code = nsa_sel("decode", "--out", part, *(small if dry else ["--B", batch]))
-        if code != 0:
-            failed.append(f"B = {batch} ended with {code}")
-            continue
-        rows += read_rows(part / "decode.csv")
-        one = json.loads((part / "decode.json").read_text(encoding="utf-8"))
-        data = one if not data else data | {"steps": data["steps"] + one["steps"]}
-        shutil.rmtree(part)
-    if not rows:
-        finish(True, dry, "; ".join(failed))
-    if dry:
-        rows = [row | dict.fromkeys(DECODE_TIMES, "") for row in rows]
-        kept = ("B", "context", "bytes_read", "sparse")
-        data["steps"] = [{name: step[name] for name in kept} for step in data["steps"]]
-        data["notes"] = [*data["notes"], "NOT MEASURED: no GPU, times left out"]
-    if failed:
-        data["notes"] = [*data["notes"], *failed]
-    write_rows(out / "decode.csv", rows)
-    (out / "decode.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    finish(False, dry, f"{len(data['steps'])} steps" + (f"; {'; '.join(failed)}" if failed else ""))
-
-
-def dry_bench(out: Path, suite: str, limit: int) -> None:
-    """Run `nsa-sel bench` on the CPU, empty its times, and put the host run's errors into the rows of cuda.
-
-    Raises:
-        RuntimeError: the command failed, or the kernel's source is wrong on the emulator.
-    """
-    code = nsa_sel(
-        "bench", "--suite", suite, "--limit", limit, "--backend", "cuda,sdpa,sdpa_gathered", "--mode", "eager",
-        "--device", "cpu", "--iters", 1, "--warmup", 0, "--out", out,
-    )  # fmt: skip
-    if code != 0:
-        raise RuntimeError(f"nsa-sel bench ended with {code}")
-    errors = host_run_errors(suite, limit)
-    rows = []
-    for row in read_rows(out / "bench.csv"):
-        row |= dict.fromkeys(BENCH_TIMES, "") | {"iters": 0}
-        if row["backend"] == "cuda":
-            mae, largest = errors[row["workload"]]
-            row |= {"ran": HOST_RUN, "mae": f"{mae:.7g}", "max_err": f"{largest:.7g}"}
-        rows.append(row)
-    write_rows(out / "bench.csv", rows)
-    data = json.loads((out / "bench.json").read_text(encoding="utf-8"))
-    data |= {"intervals": [], "dry": "NOT MEASURED: no GPU, times left out; cuda is the host run of its source"}
-    (out / "bench.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-
-
-def host_run_errors(suite: str, limit: int) -> dict[str, tuple[float, float]]:
-    """Return mean and largest error of the kernel's source on the CPU, by workload.
-
-    Raises:
-        RuntimeError: the emulator found something wrong, or the error is too large.
-    """
-    import torch
-
-    from nsa_sel.measure import inputs as made
-    from nsa_sel.measure.contestants import check_of
-    from nsa_sel.measure.timed import errors
-    from nsa_sel.measure.workload import load_suite
-    from nsa_sel.reference import selection_attention_reference
-    from tests import host_run
-    from tests.host_run import mutation
-
-    found = {}
-    for workload in load_suite(suite)[:limit]:
-        one = made.variants_of(workload, 0, torch.device("cpu"), 0, 0)[0]
-        rows = made.oracle_rows(workload, 0)
-        expected, _ = selection_attention_reference(one.q, one.k, one.v, **one.selection(), rows=rows)
-        ran = host_run.selection_attention(
-            one.q, one.k, one.v, **one.selection(), max_selected=workload.L,
-            options=host_run.Options(device=mutation.H200),
-        )  # fmt: skip
-        mae, largest = errors(ran.out, expected, rows)
-        if ran.findings or not mae <= check_of(workload):
-            raise RuntimeError(f"{workload.name} on the emulator: MAE {mae:.3g}, {'; '.join(ran.findings)}")
-        found[workload.name] = (mae, largest)
-    return found
+    """The decode step by stages, with packed SDPA and with the kernel."""
+    small = options.dry or options.small
+    contexts, batches = ([2048], [1]) if small else (None, None)
+    device = device_of("cpu" if options.dry else "")
+    run = DecodeSession(device, contexts, batches, "", "", (), 0, 1 if options.dry else 50, 0 if options.dry else 5)
+    told(run.run(options.out))
+    if options.dry:
+        emptied(options.out / "decode.csv", schema.DECODE_COLUMNS, schema.DECODE_FIGURES)
+    print("\n".join(run.notes))
+    finish(not run.facts, options.dry, f"{len(run.facts)} of {len(run.steps)} steps")
 
 
 def judge(options: argparse.Namespace) -> None:
     """threshold or gate: the verdict is the outcome's sentence; without a verdict it is NOT MEASURED."""
-    out = options.out
+    out, rules = options.out, load_rules()
     if options.what == "threshold":
-        code = nsa_sel("threshold", out / "bench.csv", "--out", out)
+        found = threshold.threshold_of_files([out / "bench.csv"], rules, "cuda")
+        write_atomically(out / "threshold.md", threshold.threshold_page(found, rules, "cuda", ["bench.csv"]))
+        verdict = found.verdict
     else:
-        files = ["--bench", out / "bench.csv", "--decode", out / "decode.csv"]
-        code = nsa_sel("gate", *files, "--out", out, "--write-policy", out / "policy.json")
-    verdict = {0: "PASS", 1: "FAIL", 2: "NOT MEASURED"}.get(code)
-    if verdict is None or (options.dry and code != 2):  # nothing may pass or fail on data without times
-        finish(True, options.dry, f"{options.what} ended with {code}")
-    finish(False, code == 2, f"the verdict is {verdict}")
+        judgement = gate.judge(out / "bench.csv", out / "decode.csv", rules)
+        verdict = judgement.verdict
+        record.write_record(judgement, out)
+        record.write_policy(judgement, out / "policy.json")
+        print(json.dumps(judgement.to_json(), indent=1))
+    unmeasured = verdict == schema.NOT_MEASURED
+    # Nothing may pass or fail on data without times.
+    finish(options.dry and not unmeasured, unmeasured, f"the verdict is {verdict}")
 
 
 def report(options: argparse.Namespace) -> None:
     """The page and its pictures."""
-    code = nsa_sel("report", options.out)
-    finish(code != 0, options.dry, "report.md" if code == 0 else f"report ended with {code}")
+    finish(False, options.dry, page.write_report(options.out).name)
+
+
+def told(names: Iterable[str]) -> None:
+    """Say what is done as it is done, so that a log that is cut shows how far it came."""
+    for name in names:
+        print(name, flush=True)
 
 
 STEPS = {"bench": bench, "again": again, "decode": decode, "threshold": judge, "gate": judge, "report": report}
 
 
 def main() -> None:
-    """Run one of STEPS: `python -m benchmarks.gpu.measure --out DIR WHAT SECONDS IDENTITY`."""
-    options = arguments(__doc__, "what", "seconds", "identity")
-    options.seconds = float(options.seconds)
+    """Run one of STEPS: `python -m benchmarks.gpu.measure --out DIR WHAT`."""
+    options = arguments(__doc__, "what")
+    options.dry = options.dry or not torch.cuda.is_available()
     STEPS[options.what](options)
 
 

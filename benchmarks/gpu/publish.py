@@ -1,10 +1,8 @@
-"""Bring a round's results home: into benchmarks/results/<gpu>/, and from there into the README's table.
+"""Bring a run's results home: into benchmarks/results/<gpu>/, and from there into the README's table.
 
-    python -m benchmarks.gpu.publish build/gpu/round   copy the results and fill the table
-    python -m benchmarks.gpu.publish                   fill the table from the results that are there
-    python -m benchmarks.gpu.publish --check           exit 1 where the table is not what the results say
-
-Standard library only.
+python -m benchmarks.gpu.publish build/gpu/run     copy the results and fill the table
+python -m benchmarks.gpu.publish                   fill the table from the results that are there
+python -m benchmarks.gpu.publish --check           exit 1 where the table is not what the results say
 """
 
 from __future__ import annotations
@@ -13,20 +11,23 @@ import argparse
 import json
 import re
 import shutil
+import statistics
 import sys
 from pathlib import Path
 
-from benchmarks.gpu.common import NOT_MEASURED, ROOT
-from benchmarks.gpu.summary import Rows, geometric_mean, of, read_rows, timed
+from benchmarks.gpu.machine import ROOT
+from benchmarks.gpu.runner import NOT_MEASURED
+from benchmarks.gpu.summary import BASELINES, Rows, over, rows_of, timed, times
 
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 COLUMNS = ("H200", "H100", "A100", "RTX 4090")  # always shown; another GPU gets a column when it has results
-NEEDED = ("bench.csv", "decode.csv", "environment.json", "round.json")
+NEEDED = ("bench.csv", "decode.csv", "environment.json", "summary.json")
 KEPT = (
-    *NEEDED, "bench.json", "decode.json", "again.csv", "ceilings.csv", "twins.csv", "replays.csv", "gpu_tests.csv",
-    "parity.csv", "sanitizer-*.log", "threshold.*", "decision-*.md", "report.md", "*.png", "policy.json",
+    *NEEDED, "bench.json", "decode.json", "again.csv", "again.json", "ceilings.csv", "twins.csv", "replays.csv",
+    "gpu_tests.csv", "parity.csv", "sanitizer-*.log", "threshold.*", "decision-*.md", "report.md", "*.png",
+    "policy.json",
 )  # fmt: skip
 SHAPES = {
     "nsa-paper-b": "NSA paper's shape (64 heads, G 4, 192/128, 16 blocks of 64), share of the ceiling",
@@ -51,13 +52,13 @@ def device_of(folder: Path) -> str:
     """Return the one GPU that a folder's benchmark was measured on.
 
     Raises:
-        PublishError: files are missing, of a dry round, or of no or several GPUs.
+        PublishError: files are missing, of a dry run, or of no or several GPUs.
     """
     if absent := [name for name in NEEDED if not (folder / name).exists()]:
         raise PublishError(f"{folder}: expected {', '.join(NEEDED)}, {', '.join(absent)} missing")
-    if json.loads((folder / "round.json").read_text(encoding="utf-8")).get("dry") is not False:
-        raise PublishError(f"{folder}: expected a round on a GPU, got a dry one")
-    rows = read_rows(folder / "bench.csv") + read_rows(folder / "decode.csv")
+    if json.loads((folder / "summary.json").read_text(encoding="utf-8")).get("dry") is not False:
+        raise PublishError(f"{folder}: expected a run on a GPU, got a dry one")
+    rows = rows_of(folder / "bench.csv") + rows_of(folder / "decode.csv")
     found = sorted({row["device"] for row in rows if row["sm"].isdigit()})
     if len(found) != 1 or any(not row["sm"].isdigit() for row in rows):
         raise PublishError(f"{folder}: expected rows of one GPU, got {', '.join({row['device'] for row in rows})}")
@@ -65,7 +66,7 @@ def device_of(folder: Path) -> str:
 
 
 def copy(folder: Path, results: Path = RESULTS) -> Path:
-    """Copy a round's results into the folder of its GPU, in place of what was there, and return that folder."""
+    """Copy a run's results into the folder of its GPU, in place of what was there, and return that folder."""
     target = results / slug(device_of(folder))
     part = target.with_name(f".{target.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -81,35 +82,30 @@ def share_of(bench: Rows, prefix: str) -> str:
     """Return the kernel's share of the ceiling at a shape's largest measured batch."""
     mine = {
         int(row["B"]): float(row["ceiling_share"])
-        for name, row in of(timed(bench), "cuda").items()
-        if re.fullmatch(rf"{prefix}\d+", name) and row["ceiling_share"]
+        for row in timed(bench)
+        if row["backend"] == "cuda" and re.fullmatch(rf"{prefix}\d+", row["workload"]) and row["ceiling_share"]
     }
     return f"{mine[max(mine)]:.0%} (B = {max(mine)})" if mine else NOT_MEASURED
 
 
 def speed_up_of(bench: Rows) -> str:
-    """Return the speed-up over packed SDPA over the plan's matrix."""
+    """Return the speed-up over the faster baseline over the plan's matrix."""
     rows = timed(bench)
-    mine, base = of(rows, "cuda"), of(rows, "sdpa")
-    found = [
-        float(base[name]["ms_median"]) / float(row["ms_median"])
-        for name, row in mine.items()
-        if name in base and name.startswith("plan-")
-    ]
-    return f"{geometric_mean(found):.1f}x (at least {min(found):.1f}x)" if found else NOT_MEASURED
+    found = over(times(rows, *BASELINES), times(rows, "cuda"), "plan-")
+    return f"{statistics.geometric_mean(found):.1f}x (at least {min(found):.1f}x)" if found else NOT_MEASURED
 
 
 def table(results: Path = RESULTS) -> str:
     """Return the README's table of all results that are there."""
     folders = sorted(path.parent for path in results.glob("*/bench.csv"))
-    benches = {device_of(folder): read_rows(folder / "bench.csv") for folder in folders}
+    benches = {device_of(folder): rows_of(folder / "bench.csv") for folder in folders}
     columns: dict[str, Rows] = {name: [] for name in COLUMNS}
     for device, rows in benches.items():
         columns[next((name for name in COLUMNS if re.search(rf"\b{name}\b", device)), device)] = rows
     lines = [" | ".join(["| what", *columns]) + " |", "|---" * (len(columns) + 1) + "|"]
     for prefix, what in SHAPES.items():
         lines.append(" | ".join([f"| {what}", *(share_of(rows, prefix) for rows in columns.values())]) + " |")
-    lines.append(" | ".join(["| speed-up over packed SDPA", *map(speed_up_of, columns.values())]) + " |")
+    lines.append(" | ".join(["| speed-up over the faster baseline", *map(speed_up_of, columns.values())]) + " |")
     return "\n".join(lines)
 
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from nsa_sel.measure.inputs import Inputs
-from nsa_sel.measure.peers import missing, needs
+from nsa_sel.measure.run.inputs import Inputs
+from nsa_sel.measure.run.peers import block_pointers, missing, needs
 
 
 class Fla:
@@ -17,7 +17,7 @@ class Fla:
 
     def available(self) -> str | None:
         """Return why fla is not here."""
-        return missing("fla.ops.nsa.parallel")
+        return missing("fla.ops.nsa.parallel") or block_pointers()
 
     def refuses(self, inputs: Inputs) -> str | None:
         """Return why it cannot take these inputs."""

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from nsa_sel.measure.contestants import gather_index
-from nsa_sel.measure.inputs import Inputs
-from nsa_sel.measure.peers import missing, needs
+from nsa_sel.measure.run.contestants import gather_index
+from nsa_sel.measure.run.inputs import Inputs
+from nsa_sel.measure.run.peers import missing, needs
 
 
 class FlashAttn:

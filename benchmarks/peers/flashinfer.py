@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from nsa_sel.measure.inputs import Inputs
-from nsa_sel.measure.peers import missing, needs, unused_slots
+from nsa_sel.measure.run.inputs import Inputs
+from nsa_sel.measure.run.peers import missing, needs, unused_slots
 
 
 class FlashInfer:
@@ -35,7 +35,11 @@ class FlashInfer:
         requests, pages = w.B * w.G, w.S_kv // w.block_size
         device = inputs.q.device
         wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-            torch.empty(self.WORKSPACE, dtype=torch.uint8, device=device), "HND", use_tensor_cores=True, backend="auto"
+            # Zeroed, as its documentation asks: it finds its counters in it.
+            torch.zeros(self.WORKSPACE, dtype=torch.uint8, device=device),
+            "HND",
+            use_tensor_cores=True,
+            backend="auto",
         )
         first = torch.arange(requests, dtype=torch.int32, device=device)[:, None] * pages
         wrapper.plan(

@@ -7,8 +7,10 @@ from functools import cache
 
 import torch
 
-from nsa_sel.measure.inputs import Inputs
-from nsa_sel.measure.peers import needs, unused_slots
+from nsa_sel.measure.run.inputs import Inputs
+from nsa_sel.measure.run.peers import needs, unused_slots
+
+SHAPES = 1024  # more than a run has
 
 
 class Flex:
@@ -57,10 +59,14 @@ def block_mask(inputs: Inputs):  # type: ignore[no-untyped-def]  # the class is 
 
 
 @cache
-def _compiled() -> Callable[..., torch.Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
+def _compiled(backend: str = "inductor") -> Callable[..., torch.Tensor]:
+    from torch._dynamo import config
+    from torch.nn.attention import flex_attention
 
-    return torch.compile(flex_attention)
+    # By default dynamo gives up after eight shapes and then runs the function as it stands: dense, in flex's name.
+    config.recompile_limit = config.accumulated_recompile_limit = SHAPES
+    config.fail_on_recompile_limit_hit = True
+    return torch.compile(flex_attention.flex_attention, fullgraph=True, dynamic=False, backend=backend)
 
 
 def adapter() -> Flex:

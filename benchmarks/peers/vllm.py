@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from nsa_sel.measure.inputs import Inputs
-from nsa_sel.measure.peers import missing, needs, unused_slots
+from nsa_sel.measure.run.inputs import Inputs
+from nsa_sel.measure.run.peers import missing, needs, unused_slots
 
 
 class Vllm:

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from nsa_sel.measure.inputs import Inputs
-from nsa_sel.measure.peers import missing, needs
+from nsa_sel.measure.run.inputs import Inputs
+from nsa_sel.measure.run.peers import block_pointers, missing, needs
 
 
 class XunhaoLai:
@@ -19,7 +19,7 @@ class XunhaoLai:
 
     def available(self) -> str | None:
         """Return why the package is not here."""
-        return missing(self.MODULE)
+        return missing(self.MODULE) or block_pointers()
 
     def refuses(self, inputs: Inputs) -> str | None:
         """Return why it cannot take these inputs."""

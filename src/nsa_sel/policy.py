@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -39,9 +40,21 @@ class Policy:
 
 
 def user_path() -> Path:
-    """Return the policy of the user's configuration folder."""
-    folder = os.environ.get("XDG_CONFIG_HOME") or str(Path.home() / ".config")
-    return Path(folder) / "nsa_sel" / "policy.json"
+    """Return the policy of the user's configuration folder: XDG_CONFIG_HOME, else ~/.config."""
+    named = os.environ.get("XDG_CONFIG_HOME", "")
+    # A relative path there is to be ignored, says the XDG specification.
+    folder = Path(named) if Path(named).is_absolute() else Path(os.path.expanduser("~")) / ".config"  # noqa: PTH111
+    return folder / "nsa_sel" / "policy.json"
+
+
+def find(named: str | None) -> Path | None:
+    """Return the policy to read: the one that was named, which must be there, or the user's own where there is one."""
+    if named:
+        return Path(named)
+    try:
+        return user_path() if user_path().exists() else None
+    except OSError:  # a home that may not be searched (a service's, a container's) holds no policy of this user
+        return None
 
 
 def default_path() -> Path:
@@ -57,13 +70,19 @@ def load(path: str | os.PathLike[str]) -> Policy:
         PolicyError: the file cannot be read or does not hold a policy.
     """
     try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):  # a pipe would be waited for without end
+            raise OSError("not a regular file")
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise PolicyError(f"policy {path}: expected a readable JSON file, got {error}") from error
     try:
         # a name that stands twice would silently lose the first rule
         data = json.loads(text, object_pairs_hook=lambda pairs: _unique(path, pairs))
-    except json.JSONDecodeError as error:
+    except RecursionError as error:
+        raise PolicyError(f"policy {path}: expected JSON, got one nested too deeply") from error
+    except PolicyError:
+        raise
+    except ValueError as error:  # a number of thousands of digits too
         raise PolicyError(f"policy {path}: expected JSON, got {error}") from error
     return _parse(path, data)
 
@@ -84,10 +103,21 @@ def save(policy: Policy, path: str | os.PathLike[str]) -> None:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(data, file, indent=2, sort_keys=True)
             file.write("\n")
+        draft.chmod(_mode_of(target))
         draft.replace(target)
     except BaseException:
         draft.unlink()
         raise
+
+
+def _mode_of(target: Path) -> int:
+    """Return the mode that a file written at `target` has: its own where there is one, else what the umask leaves."""
+    try:
+        return stat.S_IMODE(target.stat().st_mode)
+    except FileNotFoundError:
+        mask = os.umask(0)  # there is no other way to ask for it
+        os.umask(mask)
+        return 0o666 & ~mask
 
 
 def _unique(path: object, pairs: list[tuple[str, Any]]) -> dict[str, Any]:

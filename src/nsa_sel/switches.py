@@ -63,6 +63,8 @@ def _tokens(environ: Mapping[str, str], name: str, default: int) -> int:
     # str.isdigit() alone would take superscripts, which int() refuses
     if not (value.isascii() and value.isdigit()):
         raise SwitchError(f"{name}: expected a whole number of tokens >= 0 or nothing, got {value!r}")
+    if len(value) > 18:
+        raise SwitchError(f"{name}: expected a number of tokens that a cache can hold, got {len(value)} digits")
     return int(value)
 
 

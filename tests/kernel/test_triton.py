@@ -21,7 +21,7 @@ from nsa_sel.backends import triton as backend
 from nsa_sel.call import Call
 from nsa_sel.check import check
 from nsa_sel.errors import BackendError, KernelLaunchError
-from nsa_sel.measure import tune
+from nsa_sel.measure.run import tune
 from nsa_sel.testing import Inputs, assert_matches_reference, make_inputs
 from tests.backends_under_test import backend as under_test
 from tests.backends_under_test import no_triton_interpreter

@@ -10,14 +10,15 @@ import pytest
 import torch
 
 import nsa_sel
-from nsa_sel.measure import clock, schema
-from nsa_sel.measure.bench import Results, run_bench
-from nsa_sel.measure.ceiling import measure_ceiling
-from nsa_sel.measure.contestants import Contestant, Gathered, Own
-from nsa_sel.measure.inputs import Inputs, variants_of
-from nsa_sel.measure.peers import PEERS, load_peers, peers_folder
-from nsa_sel.measure.timed import Settings, errors
-from nsa_sel.measure.workload import Workload, from_options, load_suite
+from nsa_sel.measure import schema
+from nsa_sel.measure.run import clock
+from nsa_sel.measure.run.bench import Results, run_bench
+from nsa_sel.measure.run.ceiling import measure_ceiling
+from nsa_sel.measure.run.contestants import Contestant, Gathered, Own
+from nsa_sel.measure.run.inputs import Inputs, variants_of
+from nsa_sel.measure.run.peers import PEERS, load_peers, peers_folder
+from nsa_sel.measure.run.timed import Settings, errors
+from nsa_sel.measure.run.workload import Workload, from_options, load_suite
 
 CPU = torch.device("cpu")
 WORKLOADS = from_options({"rows": [4], "h": [2], "Dk": [64], "L": [32], "dist": ["few", "mixed"], "G": 2, "S_kv": 256})

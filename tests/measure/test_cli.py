@@ -179,7 +179,7 @@ def test_decode_says_where_nothing_is_sparse(tmp_path: Path) -> None:
 
 
 def test_decode_keeps_what_it_measured_when_memory_runs_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nsa_sel.measure import session
+    from nsa_sel.measure.run import session
 
     def step(batch: int, context: int, *rest: Any) -> Any:
         if context > 1024:
@@ -194,7 +194,7 @@ def test_decode_keeps_what_it_measured_when_memory_runs_out(tmp_path: Path, monk
 
 
 def test_a_run_cut_off_inside_a_workload_keeps_whole_workloads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from nsa_sel.measure import bench as bench_module
+    from nsa_sel.measure.run import bench as bench_module
 
     calls = 0
     right = bench_module.time_contestant

@@ -9,9 +9,9 @@ import torch
 
 import nsa_sel
 from nsa_sel.backends import sdpa
-from nsa_sel.measure.clock import quantiles
-from nsa_sel.measure.decode import StepTimes, context_tokens, facts_of, rows_of, time_step
-from nsa_sel.measure.decode_step import DecodeStep, Shape
+from nsa_sel.measure.run.clock import quantiles
+from nsa_sel.measure.run.decode import StepTimes, context_tokens, facts_of, rows_of, time_step
+from nsa_sel.measure.run.decode_step import DecodeStep, Shape
 from nsa_sel.measure.schema import DECODE_COLUMNS, STAGES
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ import typer.main
 
 from nsa_sel.cli.app import app
 from nsa_sel.measure import schema
-from nsa_sel.measure.rules import load_rules
+from nsa_sel.measure.judge.rules import load_rules
 
 DOCS = Path(__file__).parents[2] / "docs"
 GUIDE = (DOCS / "measuring.md").read_text(encoding="utf-8")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from nsa_sel.measure import schema
-from nsa_sel.measure.gate import Judgement, judge
-from nsa_sel.measure.rules import RulesError, load_rules
+from nsa_sel.measure.judge.gate import Judgement, judge
+from nsa_sel.measure.judge.rules import RulesError, load_rules
 from tests.planted import write
 
 

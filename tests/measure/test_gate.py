@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 
 from nsa_sel.measure import schema
-from nsa_sel.measure.gate import Judgement, judge
-from nsa_sel.measure.rules import load_rules
+from nsa_sel.measure.judge.gate import Judgement, judge
+from nsa_sel.measure.judge.rules import load_rules
 from tests import planted
 from tests.planted import bench, cell, decode, without, write
 

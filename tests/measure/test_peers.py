@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from nsa_sel.measure import peers
-from nsa_sel.measure.contestants import Contestant, Own, selected_tokens
-from nsa_sel.measure.inputs import Inputs, variants_of
-from nsa_sel.measure.peers import PEERS, peers_folder
-from nsa_sel.measure.workload import from_options
+from nsa_sel.measure.run import peers
+from nsa_sel.measure.run.contestants import Contestant, Own, selected_tokens
+from nsa_sel.measure.run.inputs import Inputs, variants_of
+from nsa_sel.measure.run.peers import PEERS, peers_folder
+from nsa_sel.measure.run.workload import from_options
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "peers"
 CPU = torch.device("cpu")

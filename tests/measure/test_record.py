@@ -9,9 +9,10 @@ import pytest
 
 from nsa_sel import policy
 from nsa_sel.errors import PolicyError
-from nsa_sel.measure.gate import Judgement, judge
-from nsa_sel.measure.record import decision_record, write_atomically, write_policy, write_record
-from nsa_sel.measure.rules import load_rules
+from nsa_sel.measure.files import write_atomically
+from nsa_sel.measure.judge.gate import Judgement, judge
+from nsa_sel.measure.judge.rules import load_rules
+from nsa_sel.measure.report.record import decision_record, write_policy, write_record
 from tests.planted import DEVICE, LENGTHS, bench, cell, decode, write
 
 

@@ -9,7 +9,7 @@ import matplotlib.image
 import pytest
 
 from nsa_sel.measure import schema
-from nsa_sel.measure.report import write_report
+from nsa_sel.measure.report.page import write_report
 from tests.planted import bench, cell, decode, write
 
 PICTURES = ("speedup", "bandwidth", "share", "roofline")

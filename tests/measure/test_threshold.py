@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 
 from nsa_sel.measure import schema
-from nsa_sel.measure.rules import load_rules, with_values
-from nsa_sel.measure.threshold import Threshold, threshold_of_files, threshold_page
+from nsa_sel.measure.judge.rules import load_rules, with_values
+from nsa_sel.measure.judge.threshold import Threshold, threshold_of_files, threshold_page
 from tests.planted import bench, cell, without, write
 
 RULES = load_rules()

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from nsa_sel.measure import session, tune
-from nsa_sel.measure.contestants import Own
-from nsa_sel.measure.inputs import Inputs
-from nsa_sel.measure.session import TuneSession
-from nsa_sel.measure.timed import Settings
-from nsa_sel.measure.tune import Config, best_by_bucket, bucket_of, grid, sweep
-from nsa_sel.measure.workload import from_options
+from nsa_sel.measure.run import session, tune
+from nsa_sel.measure.run.contestants import Own
+from nsa_sel.measure.run.inputs import Inputs
+from nsa_sel.measure.run.session import TuneSession
+from nsa_sel.measure.run.timed import Settings
+from nsa_sel.measure.run.tune import Config, best_by_bucket, bucket_of, grid, sweep
+from nsa_sel.measure.run.workload import from_options
 
 CONFIGS = [Config(64, 32, 4, 1), Config(128, 32, 4, 2), Config(256, 32, 4, 3)]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from nsa_sel.measure import schema
-from nsa_sel.measure.contestants import gather, moved_bytes, selected_spans, selected_tokens
-from nsa_sel.measure.inputs import make_blocks, make_ranges, oracle_rows, seed_of, variants_of
-from nsa_sel.measure.workload import SUITES, Workload, WorkloadError, expand, from_options, load_suite, load_suites
+from nsa_sel.measure.run.contestants import gather, moved_bytes, selected_spans, selected_tokens
+from nsa_sel.measure.run.inputs import make_blocks, make_ranges, oracle_rows, seed_of, variants_of
+from nsa_sel.measure.run.workload import SUITES, Workload, WorkloadError, expand, from_options, load_suite, load_suites
 
 CPU = torch.device("cpu")
 
@@ -56,7 +56,7 @@ def test_one_name_for_each_shape_over_all_suites() -> None:
         load_suites(["ci", "ci"])
     grid = {"name": "a-{L}-{h}", "dist": "few", "dtype": "bf16", "rows": 2, "G": 1, "h": 4, "Dk": 64, "Dv": 64}
     twice = expand(grid | {"S_kv": 512, "L": 64}) + expand(grid | {"S_kv": 512, "L": 64, "name": "b"})
-    from nsa_sel.measure.workload import unique
+    from nsa_sel.measure.run.workload import unique
 
     with pytest.raises(WorkloadError, match="one shape each"):
         unique(twice)

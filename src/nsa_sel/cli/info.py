@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, replace
 from typing import Annotated, Any
 
@@ -83,7 +84,10 @@ def collect() -> dict[str, Any]:
         "torch": {"version": torch.__version__, "cuda": torch.version.cuda},
         "devices": [_device(index) for index in range(torch.cuda.device_count())],
         "switches": {**current, "debug": sorted(current["debug"])},
-        "policy": {"path": str(path), "exists": path.exists()},
+        "policy": {
+            "path": str(path),
+            "exists": policy.find(current["policy"]) is not None and os.access(path, os.F_OK),
+        },
     }
 
 

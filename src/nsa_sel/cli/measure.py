@@ -40,9 +40,9 @@ def threshold(
 ) -> None:
     """Find the smallest L from which on every measured row reaches the margin; exit 0 found, 1 none, 2 NOT MEASURED."""
     with measure_run.readable_errors():
-        from nsa_sel.measure import record
-        from nsa_sel.measure import threshold as thresholds
-        from nsa_sel.measure.rules import load_rules, with_values
+        from nsa_sel.measure import files
+        from nsa_sel.measure.judge import threshold as thresholds
+        from nsa_sel.measure.judge.rules import load_rules, with_values
         from nsa_sel.measure.schema import EXIT_CODES
 
         _check_backend(backend)
@@ -51,8 +51,8 @@ def threshold(
         page = thresholds.threshold_page(found, rules, backend, [str(path) for path in bench])
         data = {"verdict": found.verdict, "min_l": found.min_l, "reason": found.reason, "backend": backend}
         if out is not None:
-            record.write_atomically(out / "threshold.md", page)
-            record.write_atomically(out / "threshold.json", json.dumps(data, indent=2) + "\n")
+            files.write_atomically(out / "threshold.md", page)
+            files.write_atomically(out / "threshold.json", json.dumps(data, indent=2) + "\n")
     typer.echo(json.dumps(data, indent=2) if as_json else page)
     raise typer.Exit(EXIT_CODES[found.verdict])
 
@@ -72,9 +72,9 @@ def gate(
     console = Console(stderr=as_json)
     with measure_run.readable_errors():
         from nsa_sel import policy
-        from nsa_sel.measure import record
-        from nsa_sel.measure.gate import judge
-        from nsa_sel.measure.rules import load_rules
+        from nsa_sel.measure.judge.gate import judge
+        from nsa_sel.measure.judge.rules import load_rules
+        from nsa_sel.measure.report import record
 
         _check_backend(backend)
         judgement = judge(bench, decode, load_rules(rules), backend)
@@ -105,7 +105,7 @@ def gate(
 def report(folder: Annotated[Path, typer.Argument(help="Folder with bench.csv and decode.csv.")]) -> None:
     """Write one Markdown page and its pictures from the CSV files of a folder into that folder."""
     with measure_run.readable_errors():
-        from nsa_sel.measure.report import write_report
+        from nsa_sel.measure.report.page import write_report
 
         page = write_report(folder)
     typer.echo(f"report: {page}")

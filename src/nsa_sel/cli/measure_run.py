@@ -9,9 +9,12 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
 BAD_INPUT = 2
+CONTEXT_LOST = 3  # what was measured is kept, and the run can go on in a new process
 WRITE_EVERY = 10.0  # seconds between two writes of a running benchmark
 
 Seed = Annotated[int, typer.Option(help="Seed of the inputs.")]
@@ -33,7 +36,7 @@ def readable_errors() -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
-        if error.name not in ("pandas", "matplotlib", "tomli"):
+        if error.name not in ("matplotlib", "pandas", "tomli"):
             raise
         typer.echo(
             f"error: {error.name} is not installed; the measuring commands need `pip install nsa-sel[bench]`", err=True
@@ -55,7 +58,6 @@ def bench(
         list[str] | None, typer.Option("--B", help="Requests, instead of --rows, several with commas.")
     ] = None,
     groups: Annotated[int, typer.Option("--G", help="KV groups.")] = 2,
-    queries: Annotated[int, typer.Option("--S", help="Query positions a request.")] = 1,
     heads: Annotated[list[str] | None, typer.Option("--h", help="Query heads a group, several with commas.")] = None,
     dk: Annotated[list[str] | None, typer.Option("--D", help="Head dimension of q and k, several with commas.")] = None,
     dv: Annotated[
@@ -74,7 +76,7 @@ def bench(
     backend: Annotated[
         list[str] | None,
         typer.Option(
-            help="cuda, triton, sdpa, sdpa_gathered or a peer; several with commas; by default all there are."
+            help="cuda, triton, sdpa, sdpa_prepared, sdpa_gathered or a peer; several with commas; by default all."
         ),
     ] = None,
     peers: Annotated[Path | None, typer.Option(help="Folder of the peers' adapters.")] = None,
@@ -91,9 +93,10 @@ def bench(
     device: Device = "",
 ) -> None:
     """Measure the backends side by side; writes bench.csv and bench.json. Exit 1 where a result is wrong."""
-    console = Console(stderr=True)
+    console = wide_console(stderr=True)
     with readable_errors():
-        from nsa_sel.measure import session, workload
+        from nsa_sel.measure.run import session, workload
+        from nsa_sel.measure.run.race import ContextLostError, Settings
 
         grid: dict[str, Any] = {
             "rows": whole("rows", rows), "B": whole("B", batch), "h": whole("h", heads), "Dk": whole("D", dk),
@@ -105,7 +108,7 @@ def bench(
             raise ValueError(f"bench: expected --suite or a shape of its own, got both (--suite and {', '.join(own)})")
         where = session.device_of(device)
         if own:
-            workloads = workload.from_options(own | {"G": groups, "S": queries, "S_kv": s_kv})
+            workloads = workload.from_options(own | {"G": groups, "S_kv": s_kv})
         else:
             workloads = workload.load_suites(words(suite) or session.default_suites(where))
         workloads = workloads[:limit]
@@ -114,15 +117,25 @@ def bench(
             _advance(console, "workloads", len(workloads), sweep.run(workloads, out))
             typer.echo(f"results: {out / 'tune_triton.csv'}")
             raise typer.Exit(0)
-        run = session.BenchSession(where, words(mode), words(backend), peers, seed, iters, warmup)
-        for line in run.notes:
-            console.print(f"note: {line}", markup=False, soft_wrap=True)
-        _advance(console, "workloads", len(workloads), run.run(workloads, out, seconds, resume, WRITE_EVERY))
-        for line in run.summary():
-            console.print(line, markup=False, soft_wrap=True)
-        for line in run.results.parity_failures:
-            console.print(f"PARITY FAILURE {line}", style="red", markup=False, soft_wrap=True)
+        settings = Settings(where, (), seed, iters, warmup)
+        run = session.BenchSession(settings, words(mode), words(backend), peers, out, resume)
+        show(console, *(f"note: {line}" for line in run.notes))
+        lost = None
+        try:
+            _advance(console, "workloads", len(workloads), run.run(workloads, seconds, WRITE_EVERY))
+        except ContextLostError as error:
+            lost = error.args[0]
+        header, *lines = run.table()
+        table = Table(*header, title=escape(f"{run.facts['device']}: medians over the workloads"))
+        for line in lines:
+            table.add_row(*map(escape, line))
+        console.print(table)
+        show(console, *run.summary())
+        show(console, *(f"PARITY FAILURE {line}" for line in run.results.parity_failures), style="red")
     typer.echo(f"results: {out / 'bench.csv'}")
+    if lost is not None:
+        typer.echo(f"error: {lost}; --resume goes on with the next workload", err=True)
+        raise typer.Exit(CONTEXT_LOST)
     raise typer.Exit(1 if run.results.parity_failures else 0)
 
 
@@ -148,9 +161,9 @@ def decode(
     device: Device = "",
 ) -> None:
     """Measure the stages of one NSA decode step; writes decode.csv and decode.json."""
-    console = Console(stderr=True)
+    console = wide_console(stderr=True)
     with readable_errors():
-        from nsa_sel.measure import session
+        from nsa_sel.measure.run import session
 
         run = session.DecodeSession(
             session.device_of(device),
@@ -163,14 +176,27 @@ def decode(
             iters,
             warmup,
         )
-        for line in run.notes:
-            console.print(f"note: {line}", markup=False, soft_wrap=True)
+        show(console, *(f"note: {line}" for line in run.notes))
         shown = len(run.notes)
         _advance(console, "steps", len(run.steps), run.run(out))
-        console.print(run.table())
-        for line in run.notes[shown:]:
-            console.print(f"note: {line}", markup=False, soft_wrap=True)
+        header, *lines = run.table()
+        table = Table(*header, title="decode step: shares by stage")
+        for line in lines:
+            table.add_row(*map(escape, line))
+        console.print(table)
+        show(console, *(f"note: {line}" for line in run.notes[shown:]))
     typer.echo(f"results: {out / 'decode.csv'}")
+
+
+def wide_console(stderr: bool) -> Console:
+    """Return a console that cuts no table: a terminal scrolls, and what is piped has no width at all."""
+    return Console(stderr=stderr, width=None if Console(stderr=stderr).is_terminal else 200)
+
+
+def show(console: Console, *lines: str, style: str | None = None) -> None:
+    """Print lines as they are: what is in square brackets is no markup, and a path is not broken."""
+    for line in lines:
+        console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def words(values: list[str] | None) -> list[str] | None:

@@ -1,0 +1,190 @@
+"""What a judgement leaves behind: the decision record of a GPU and the policy that routing reads."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from nsa_sel import policy
+from nsa_sel.measure import schema
+from nsa_sel.measure.files import write_atomically
+from nsa_sel.measure.judge.gate import Gate, Judgement
+from nsa_sel.measure.judge.threshold import markdown_table
+
+_SHOWN_ROWS = 12
+_SHOWN_COLUMNS = (
+    "line",
+    "dist",
+    "h",
+    "Dk",
+    "Dv",
+    "B",
+    "L",
+    "rows",
+    "context",
+    "stage",
+    "mode",
+    "ms_median",
+    "speedup",
+    "share",
+    "mae",
+)
+_DECISIONS = {
+    schema.PASS: "The kernel is on by default on this GPU where the L bound is at least {min_l}; "
+    "below it calls go to packed SDPA.",
+    schema.FAIL: "The kernel stays off by default on this GPU; every call goes to packed SDPA. "
+    "`NSA_SEL_CUDA=1` turns it on by hand.",
+    schema.NOT_MEASURED: "No decision: the data supports none. Routing stays as it was and no policy is written.",
+}
+
+
+def slug(name: str) -> str:
+    """Return a device's name as part of a file's name.
+
+    >>> slug("NVIDIA H100 80GB HBM3")
+    'nvidia-h100-80gb-hbm3'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "no-device"
+
+
+def environment_of(bench: str) -> dict[str, Any]:
+    """Return the environment JSON beside a CSV file, or an empty one: a record is written without it too."""
+    try:
+        found = json.loads(Path(bench).with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    environment = found.get("environment", {}) if isinstance(found, dict) else {}
+    return environment if isinstance(environment, dict) else {}
+
+
+def decision_record(judgement: Judgement, environment: dict[str, Any] | None = None) -> str:
+    """Return the decision record in Markdown: context, findings, decision, consequences, how to re-measure."""
+    device = judgement.device or "no device"
+    lines = [
+        f"# {device} (SM {judgement.sm or 'unknown'}), backend `{judgement.backend}`: {judgement.verdict}",
+        "",
+        "## Context",
+        "",
+        f"A GPU gets the `{judgement.backend}` kernel by default only where the selection takes at least "
+        f"{judgement.rules.share_min:.0%} of a decode step, "
+        f"the kernel is at least {judgement.rules.roi_margin:g}x packed SDPA, and "
+        f"its MAE against the fp64 oracle is at most {judgement.rules.stability_max_mae:g}. Judged from "
+        f"`{judgement.sources['bench']}` and `{judgement.sources['decode']}` alone.",
+        "",
+        *_environment_lines(environment or {}),
+        "## Findings",
+        "",
+        *_findings(judgement),
+        "## Decision",
+        "",
+        f"**{judgement.verdict}.** " + _DECISIONS[judgement.verdict].format(min_l=judgement.min_l),
+        "",
+        "## Consequences",
+        "",
+        *_consequences(judgement),
+        "",
+        "## How to re-measure",
+        "",
+        "On this GPU, from the root of a checkout:",
+        "",
+        "```sh",
+        "nsa-sel bench --out results",
+        "nsa-sel decode --out results",
+        "nsa-sel gate --bench results/bench.csv --decode results/decode.csv "
+        f"--backend {judgement.backend} --out results --write-policy default",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def write_record(judgement: Judgement, folder: Path) -> Path:
+    """Write the decision record into `folder` and return its path."""
+    path = folder / f"decision-{slug(judgement.device)}-{judgement.backend}.md"
+    write_atomically(path, decision_record(judgement, environment_of(judgement.sources["bench"])))
+    return path
+
+
+def write_policy(judgement: Judgement, path: Path) -> policy.Policy | None:
+    """Put the judgement into the policy file at `path`, beside what it says of other devices and backends.
+
+    Returns the policy written, or None for NOT MEASURED: missing data turns nothing on and nothing off.
+
+    Raises:
+        nsa_sel.errors.PolicyError: a policy file stands there and does not hold a policy.
+    """
+    if judgement.verdict == schema.NOT_MEASURED:
+        return None
+    before = policy.load(path) if path.exists() else policy.Policy()
+    devices = {device: dict(rules) for device, rules in before.devices.items()}
+    enabled = judgement.verdict == schema.PASS
+    rule = policy.Rule(enabled=enabled, min_l=judgement.min_l or 0)
+    devices.setdefault(judgement.device, {})[judgement.backend] = rule
+    after = policy.Policy(devices)
+    policy.save(after, path)
+    return after
+
+
+def _findings(judgement: Judgement) -> list[str]:
+    table = pd.DataFrame(
+        [
+            {
+                "gate": name,
+                "verdict": gate.verdict,
+                "value": "" if gate.value is None else f"{gate.value:.4g}",
+                "why": gate.reason,
+            }
+            for name, gate in judgement.gates.items()
+        ]
+    )
+    lines = [*markdown_table(table), ""]
+    for name, gate in judgement.gates.items():
+        lines += _deciding_rows(name, gate)
+    if judgement.remarks:
+        lines += ["Odd, but deciding nothing:", "", *(f"- {remark}" for remark in judgement.remarks), ""]
+    return lines
+
+
+def _deciding_rows(name: str, gate: Gate) -> list[str]:
+    if gate.rows.empty:
+        return []
+    columns = [column for column in _SHOWN_COLUMNS if column in gate.rows.columns]
+    shown = gate.rows.sort_values("speedup" if name == "roi" else "line").head(_SHOWN_ROWS)[columns]
+    text = shown.map(lambda cell: f"{cell:.4g}" if isinstance(cell, float) else str(cell))
+    more = len(gate.rows) - len(shown)
+    return [
+        f"Rows that decided `{name}`" + (f" ({len(shown)} of {len(gate.rows)})" if more > 0 else "") + ":",
+        "",
+        *markdown_table(text),
+        "",
+    ]
+
+
+def _environment_lines(environment: dict[str, Any]) -> list[str]:
+    shown = [
+        (key, value) for key, value in environment.items() if isinstance(value, (str, int, float, bool)) and value != ""
+    ]
+    return [*(f"- {key}: {value}" for key, value in shown), ""] if shown else []
+
+
+def _consequences(judgement: Judgement) -> list[str]:
+    lines = {
+        schema.PASS: [
+            f"- Routing reads `min_l = {judgement.min_l}` for this device. "
+            "A call that gives no L bound runs the kernel at any L.",
+            "- The decision holds for this device's name, these versions and the measured L; no larger L was measured.",
+        ],
+        schema.FAIL: [
+            "- Nothing gets slower than packed SDPA. What the kernel would have gained where it is faster is given up.",
+            "- Worth another look after a change of the kernel, the driver or PyTorch.",
+        ],
+        schema.NOT_MEASURED: [
+            "- No speed claim may be made for this GPU.",
+            "- The reasons above name what is missing; measure that and judge again.",
+        ],
+    }[judgement.verdict]
+    return [*lines, "- FlashAttention and the other peers are measured beside the kernel and are never routed to."]

@@ -1,0 +1,217 @@
+"""Timing a decode step: each stage inside one step, the whole step apart from that, and proof of what ran."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nsa_sel.backends import sdpa
+from nsa_sel.measure import schema
+from nsa_sel.measure.run.bench import figure
+from nsa_sel.measure.run.clock import ModeError, flush_of, measuring, median_interval, quantiles
+from nsa_sel.measure.run.decode_step import DecodeStep
+from nsa_sel.measure.run.environment import device_columns
+from nsa_sel.measure.run.race import counts, proof
+from nsa_sel.measure.schema import STAGES
+
+CPU_SAMPLE_MS = 100.0
+CPU_SAMPLE_STEPS = 3  # at least, of each kind
+CPU_SAMPLE_LIMIT_MS = 1000.0  # a sample ends then, even if every step was stopped
+CALM = 0.98  # a step was not stopped if its thread computed for this part of its time
+Sample = Callable[[], list[float]]  # milliseconds of each stage, or of the whole step alone
+Pair = Callable[[], tuple[list[float], float]]  # milliseconds of each stage of one step, and of another step as a whole
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Samples in milliseconds: by stage, of the whole step, and what ran the selection."""
+
+    stages: dict[str, list[float]]
+    step: list[float]
+    ran: str
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Median of each stage over the median of the step; never made to add up to 1."""
+        whole = quantiles(self.step)[0]
+        return {stage: quantiles(values)[0] / whole for stage, values in self.stages.items()}
+
+    @property
+    def residual(self) -> float:
+        """The part of the step that no stage accounts for; below 0 where the stages take more than the step."""
+        return 1 - sum(self.shares.values())
+
+
+def time_step(step: DecodeStep, mode: str, device: torch.device, iters: int, warmup: int) -> StepTimes:
+    """Time `iters` steps with marks between the stages and `iters` without, in turns: both see the same machine.
+
+    Raises:
+        ModeError: the device does not have this mode.
+    """
+    if mode not in ("eager", "graph") or (mode == "graph" and device.type != "cuda"):
+        raise ModeError(f"mode: expected eager, or graph on a CUDA device, got {mode!r} on {device.type}")
+    before, calls = counts(), step.select_calls
+    with measuring(device):
+        pair = _pair(step, mode, device, max(1, warmup))
+        for _ in range(warmup):
+            pair()
+        pairs = [pair() for _ in range(iters)]
+    calls = step.select_calls - calls
+    ran = Counter(counts())
+    ran.subtract(before)
+    proven = proof(step.backend, ran, calls) if calls else ""
+    stages = {stage: [parts[index] for parts, _ in pairs] for index, stage in enumerate(STAGES)}
+    return StepTimes(stages, [whole for _, whole in pairs], proven)
+
+
+def rows_of(step: DecodeStep, times: StepTimes, device: torch.device) -> list[dict[str, Any]]:
+    """Return the rows of decode.csv of one step: the selection under its backend, the other stages under torch."""
+    rows = []
+    for stage in STAGES:
+        median, low, high = quantiles(times.stages[stage])
+        backend, ran = (step.backend, times.ran) if stage == "select" else (schema.TORCH, schema.TORCH)
+        rows.append(
+            {
+                "B": step.batch,
+                "context": step.context,
+                "stage": stage,
+                "ms_median": figure(median),
+                "ms_p20": figure(low),
+            }
+            | {"ms_p80": figure(high), "share": figure(times.shares[stage]), "backend": backend}
+            | {"ran": "" if stage in step.left_out else ran, **device_columns(device)}
+        )
+    return rows
+
+
+def facts_of(step: DecodeStep, times: StepTimes) -> dict[str, Any]:
+    """Return what decode.csv has no column for: the step, the residual, intervals, bytes and tokens read."""
+    shape = step.shape
+    gathered = sdpa.counters().gathered_bytes
+    reads = step.count_reads()
+    gathered = sdpa.counters().gathered_bytes - gathered
+    row = step.batch * shape.G
+    tokens = {
+        "compressed": step.k_cmp.shape[2],
+        "selected": step.selected_tokens() / row,
+        "window": step.k_win.shape[2],
+    }
+    return {
+        "B": step.batch,
+        "context": step.context,
+        "step_ms": quantiles(times.step)[0],
+        "step_ms_ci95": median_interval(times.step),
+        "stage_ms_ci95": {stage: median_interval(values) for stage, values in times.stages.items()},
+        "residual": times.residual,
+        "bytes_read": reads,
+        "bytes_gathered_by_sdpa": gathered,
+        "tokens_read_per_group": tokens | {"all": sum(tokens.values())},
+        # The paper's own count (table 4), from the lengths alone: something to hold the counted ones against.
+        "tokens_by_the_paper": context_tokens(step.context),
+        "sparse": step.context > shape.dense_until(),
+    }
+
+
+def context_tokens(context: int) -> int:
+    """Return the tokens that one step reads per group by the paper's count: compressed, selected and window.
+
+    >>> [context_tokens(context) for context in (8192, 16384, 32768, 65536)]
+    [2048, 2560, 3584, 5632]
+    """
+    return context // 16 + min(1024, context) + min(512, context)
+
+
+def _pair(step: DecodeStep, mode: str, device: torch.device, warmup: int) -> Pair:
+    if device.type != "cuda":
+        return _cpu_pair(step)
+    if mode == "eager":
+        staged, whole = _eager_sampler(step, device, len(STAGES) + 1), _eager_sampler(step, device, 0)
+    else:
+        staged, whole = _graph_sampler(step, device, warmup, len(STAGES) + 1), _graph_sampler(step, device, warmup, 0)
+    return lambda: (staged(), whole()[0])
+
+
+def _cpu_pair(step: DecodeStep) -> Pair:
+    """Return a sampler of the fastest staged and the fastest whole step, in turns, of CPU_SAMPLE_MS of computing.
+
+    Other processes stop a step of a few milliseconds often and for as long again. Medians of such times do not add up:
+    the step's holds a stop when those of its shorter stages hold none. The fastest step holds none, in whole and by
+    stage. Whether one of each kind was not stopped shows in the thread's own time; if none was, the sample goes on.
+    """
+
+    def sample() -> tuple[list[float], float]:
+        staged: list[list[float]] = []
+        whole: list[float] = []
+        calm = {"staged": False, "whole": False}
+        begun, computed = time.perf_counter(), time.thread_time()
+        while len(whole) < CPU_SAMPLE_STEPS or not (
+            (all(calm.values()) and time.thread_time() - computed > CPU_SAMPLE_MS / 1e3)
+            or time.perf_counter() - begun > CPU_SAMPLE_LIMIT_MS / 1e3
+        ):
+            stamps: list[float] = []
+            own = time.thread_time()
+            step.run(lambda _, stamps=stamps: stamps.append(time.perf_counter()))  # type: ignore[misc]
+            own = time.thread_time() - own
+            staged.append([(end - start) * 1e3 for start, end in itertools.pairwise(stamps)])
+            calm["staged"] |= own > CALM * (stamps[-1] - stamps[0])
+            own, start = time.thread_time(), time.perf_counter()
+            step.run()
+            elapsed = time.perf_counter() - start
+            whole.append(elapsed * 1e3)
+            calm["whole"] |= time.thread_time() - own > CALM * elapsed
+        return min(staged, key=sum), min(whole)
+
+    return sample
+
+
+def _eager_sampler(step: DecodeStep, device: torch.device, marks: int) -> Sample:
+    flush = flush_of(device)
+
+    def sample() -> list[float]:
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(marks or 2)]
+        flush()  # other layers would have pushed this one's caches out of L2
+        torch.cuda.synchronize(device)
+        if marks:
+            step.run(lambda index: events[index].record())
+        else:
+            events[0].record()
+            step.run()
+            events[1].record()
+        torch.cuda.synchronize(device)
+        return [start.elapsed_time(end) for start, end in itertools.pairwise(events)]
+
+    return sample
+
+
+def _graph_sampler(step: DecodeStep, device: torch.device, warmup: int, marks: int) -> Sample:
+    flush = flush_of(device)
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):  # lazy set-up must not fall into the capture
+        for _ in range(warmup):
+            step.run()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # External events become nodes of the graph and are recorded by every replay; others would only order its streams.
+    events = [torch.cuda.Event(enable_timing=True, external=bool(marks)) for _ in range(marks or 2)]
+    with torch.cuda.graph(graph):
+        step.run((lambda index: events[index].record()) if marks else None)
+
+    def sample() -> list[float]:
+        flush()
+        if marks:
+            graph.replay()
+        else:
+            events[0].record()
+            graph.replay()
+            events[1].record()
+        torch.cuda.synchronize(device)
+        return [start.elapsed_time(end) for start, end in itertools.pairwise(events)]
+
+    return sample

@@ -1,0 +1,255 @@
+"""What the commands `bench` and `decode` do between their options and their files."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import nsa_sel
+from nsa_sel import backends
+from nsa_sel.measure import schema
+from nsa_sel.measure.files import csv_text, write_atomically
+from nsa_sel.measure.run import clock, store, tune
+from nsa_sel.measure.run.bench import NOT_STARTED, Results, run_bench
+from nsa_sel.measure.run.contestants import HERE, OWN, own_contestants
+from nsa_sel.measure.run.decode import facts_of, rows_of, time_step
+from nsa_sel.measure.run.decode_step import DecodeStep, Shape
+from nsa_sel.measure.run.environment import device_columns, environment, tf32_off
+from nsa_sel.measure.run.peers import PEERS, Peer, load_peers, peers_folder
+from nsa_sel.measure.run.race import Settings
+from nsa_sel.measure.run.workload import Workload
+
+MAX_REASON = 200  # characters of a reason that are printed; the JSON has all of it
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device called `name`, with its index; by default the first GPU, else the CPU.
+
+    Raises:
+        ValueError: no such device.
+    """
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device: expected one of the {torch.cuda.device_count()} CUDA devices here, got {name!r}")
+    return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
+
+
+def default_suites(device: torch.device) -> list[str]:
+    """Return the suites of a run that names none: everything on a GPU, the small one on a CPU."""
+    return ["plan", "decode", "models"] if device.type == "cuda" else ["ci"]
+
+
+class BenchSession:
+    """One run of the microbenchmark."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        modes: list[str] | None,
+        names: list[str] | None,
+        peers: Path | None,
+        out: Path,
+        resume: bool,
+    ) -> None:
+        tf32_off()
+        self.out, self.notes = out, list[str]()
+        device = settings.device
+        chosen = tuple(dict.fromkeys(modes or [m for m in clock.MODES if clock.refused_mode(m, device) is None]))
+        for mode in chosen:
+            reason = clock.refused_mode(mode, device)
+            if mode not in clock.MODES:
+                raise ValueError(f"mode: {reason}")
+            if reason:
+                self.notes.append(f"{reason}: its rows say that nothing ran")
+        self.settings = replace(settings, modes=chosen)
+        names = list(dict.fromkeys(names or [*HERE, *PEERS]))
+        if unknown := [name for name in names if name not in (*HERE, *PEERS)]:
+            raise ValueError(f"backend: expected {', '.join((*HERE, *PEERS))}, got {', '.join(unknown)}")
+        if schema.BASELINE not in names:
+            names.append(schema.BASELINE)
+            self.notes.append("sdpa runs too: without it nothing has a speed-up")
+        folder = peers_folder(peers)
+        adapters, self.absent = load_peers([name for name in names if name in PEERS], folder)
+        for reason in dict.fromkeys(self.absent.values()):
+            alike = ", ".join(name for name, why in self.absent.items() if why == reason)
+            self.notes.append(f"not measured, peers {alike}: {reason}")
+        self.contestants = own_contestants(names)
+        self.peers = [(one, Peer(one.name, folder, self.settings)) for one in adapters] if folder else []
+        how = {name: getattr(self.settings, name) for name in ("seed", "iters", "warmup")}
+        how |= {"modes": list(chosen), "backends": [*(c.name for c in self.contestants), *(a.name for a in adapters)]}
+        if resume:
+            self.results = store.load(out, device_columns(device), how)
+        else:
+            store.refuse_finished(out)
+            self.results = Results()
+        self.facts = environment(device, **how, peers_absent=self.absent, done_before=len(self.results.workloads))
+
+    def run(self, workloads: list[Workload], seconds: float | None, every: float) -> Iterator[str]:
+        """Measure `workloads`, write the files every few seconds and at the end; yields the names of what is done."""
+        yield from (w.name for w in workloads if w.name in self.results.workloads)
+        left = [w for w in workloads if w.name not in self.results.workloads]
+        written = time.monotonic()
+        whole = False
+        try:
+            for name in run_bench(left, self.contestants, self.peers, self.settings, self.results, seconds):
+                if time.monotonic() - written > every:
+                    store.save(self.out, self.results, self.facts, finished=False)
+                    written = time.monotonic()
+                yield name
+            whole = not any(why.startswith(NOT_STARTED) for why in self.results.skipped.values())
+        finally:
+            for _, peer in self.peers:
+                peer.close()
+            store.save(self.out, self.results, self.facts, finished=whole)
+
+    def summary(self) -> list[str]:
+        """Return lines for the user: what was measured, and each different reason why something was not."""
+        rows = self.results.rows
+        ran = [row for row in rows if row["ran"] == row["backend"]]
+        lines = [f"{len(ran)} of {len(rows)} rows were measured"]
+        reasons = Counter((one["backend"], one["reason"]) for one in self.results.not_measured)
+        for (backend, reason), count in reasons.items():
+            lines.append(f"NOT MEASURED {backend} ({count} times): {' '.join(reason.split())[:MAX_REASON]}")
+        for reason in sorted(set(self.results.skipped.values())):
+            names = [name for name, why in self.results.skipped.items() if why == reason]
+            lines.append(f"skipped {len(names)} workloads ({names[0]}, ...): {reason}")
+        return lines
+
+    def table(self) -> list[tuple[str, ...]]:
+        """Return the table to print, its header first: by backend and mode, what was measured and how it compares."""
+        lines: list[tuple[str, ...]] = [("backend", "mode", "rows", "ms (median)", "speed-up", "of the ceiling", "MAE")]
+        groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for row in self.results.rows:
+            groups.setdefault((row["backend"], row["mode"]), []).append(row)
+        for (backend, mode), rows in groups.items():
+            ran = [row for row in rows if row["ran"] == backend]
+
+            def middle(column: str, ran: list[dict[str, Any]] = ran) -> str:
+                values = sorted(float(row[column]) for row in ran if row[column] != "")
+                return f"{values[len(values) // 2]:.4g}" if values else ""
+
+            worst = max((float(row["mae"]) for row in ran), default=None)
+            cells = (middle("ms_median"), middle("speedup"), middle("ceiling_share"))
+            shown = "NOT MEASURED" if worst is None else f"{worst:.2g}"
+            lines.append((backend, mode, f"{len(ran)} of {len(rows)}", *cells, shown))
+        return lines
+
+
+class TuneSession:
+    """One sweep over the Triton backend's settings.
+
+    Raises:
+        ValueError: the mode cannot be had on this device.
+    """
+
+    def __init__(self, device: torch.device, modes: list[str] | None, seed: int, iters: int, warmup: int) -> None:
+        tf32_off()
+        self.backend: tune.Tunable = backends.get("triton")  # type: ignore[assignment]
+        mode = modes[0] if modes else ("graph" if device.type == "cuda" else "eager")
+        if reason := clock.refused_mode(mode, device):
+            raise ValueError(f"mode: {reason}")
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError("tune: expected a GPU, or Triton's interpreter (TRITON_INTERPRET=1), got neither")
+        self.settings = Settings(device, (mode,), seed, iters, warmup)
+
+    def run(self, workloads: list[Workload], out: Path) -> Iterator[str]:
+        """Sweep `workloads` and write tune_triton.csv and tune_triton.json; yields the names of what is done."""
+        settings, rows = self.settings, list[dict[str, Any]]()
+        yield from tune.sweep(workloads, self.backend, settings, rows)
+        how = {"seed": settings.seed, "iters": settings.iters, "warmup": settings.warmup, "modes": list(settings.modes)}
+        data = {"environment": environment(settings.device, **how), "best": tune.best_by_bucket(rows, "triton")}
+        write_atomically(out / "tune_triton.json", json.dumps(data, indent=1) + "\n")
+        write_atomically(out / tune.FILE, csv_text(tune.COLUMNS, rows))
+
+
+class DecodeSession:
+    """One run of the decode benchmark."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        contexts: list[int] | None,
+        batches: list[int] | None,
+        backend: str,
+        mode: str,
+        leave_out: tuple[str, ...],
+        seed: int,
+        iters: int,
+        warmup: int,
+    ) -> None:
+        tf32_off()
+        on_gpu = device.type == "cuda"
+        self.device, self.seed, self.iters, self.warmup, self.leave_out = device, seed, iters, warmup, leave_out
+        self.mode = mode or ("graph" if on_gpu else "eager")
+        contexts = contexts or ([4096, 8192, 16384, 32768, 65536] if on_gpu else [4096])
+        self.steps = [(b, c) for b in batches or ([1, 8, 64] if on_gpu else [1]) for c in contexts]
+        self.rows: list[dict[str, Any]] = []
+        self.facts: list[dict[str, Any]] = []
+        self.notes: list[str] = ["projections and the MLP are no part of this step: shares are of the attention alone"]
+        self.backend, why = selecting_backend(backend, device)
+        if why:
+            self.notes.append(why)
+        dense = sorted({c for c in contexts if c <= Shape().dense_until()})
+        if dense:
+            listed = ", ".join(map(str, dense))
+            self.notes.append(f"nothing is sparse yet at context {listed}: the selection holds every token")
+        if leave_out:
+            self.notes.append(f"left out: {', '.join(leave_out)}; the gate takes no such file")
+
+    def run(self, out: Path) -> Iterator[str]:
+        """Measure every step and write decode.csv and decode.json; yields a name for each step done."""
+        how = {"seed": self.seed, "iters": self.iters, "warmup": self.warmup, "mode": self.mode}
+        how |= {"leave_out": list(self.leave_out)}
+        for batch, context in self.steps:
+            try:
+                self._measure(batch, context)
+            except torch.OutOfMemoryError:
+                self.notes.append(f"not measured: no memory for B={batch}, context={context}")
+            data = {"environment": environment(self.device, **how), "steps": self.facts, "notes": self.notes}
+            write_atomically(out / "decode.json", json.dumps(data, indent=1) + "\n")
+            write_atomically(out / "decode.csv", csv_text(schema.DECODE_COLUMNS, self.rows))
+            yield f"B={batch} context={context}"
+
+    def _measure(self, batch: int, context: int) -> None:
+        step = DecodeStep(batch, context, self.backend, self.device, self.seed, self.leave_out)
+        times = time_step(step, self.mode, self.device, self.iters, self.warmup)
+        facts = facts_of(step, times)
+        self.rows += rows_of(step, times, self.device)
+        self.facts.append(facts)
+
+    def table(self) -> list[tuple[str, ...]]:
+        """Return the table to print, its header first: milliseconds, shares and the residual of each step."""
+        lines: list[tuple[str, ...]] = [("B", "context", "step ms", *schema.STAGES, "residual", "select ran")]
+        for fact in self.facts:
+            mine = {r["stage"]: r for r in self.rows if (r["B"], r["context"]) == (fact["B"], fact["context"])}
+            shares = [f"{float(mine[stage]['share']):.1%}" for stage in schema.STAGES]
+            step = (str(fact["B"]), str(fact["context"]), f"{fact['step_ms']:.4g}", *shares)
+            lines.append((*step, f"{fact['residual']:.1%}", mine["select"]["ran"] or "nothing"))
+        return lines
+
+
+def selecting_backend(name: str, device: torch.device) -> tuple[str, str]:
+    """Return the backend of the selection and, where it was not the one to measure, why not."""
+    if name:
+        if name not in OWN:
+            raise ValueError(f"backend: expected {', '.join(OWN)}, got {name!r}")
+        return name, ""
+    tiny = DecodeStep(1, 1024, "cuda", device)
+    try:
+        nsa_sel.explain(tiny.q[:, None], tiny.k_sel, tiny.v_sel, block_indices=tiny.ids, block_size=64, backend="cuda")
+    except RuntimeError as error:
+        return "sdpa", f"the selection runs on sdpa, which decides nothing about the kernel: {error}"
+    return "cuda", ""
