@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nsa_sel.errors import PolicyError
-from nsa_sel.policy import Policy, Rule, default_path, load, save
+from nsa_sel.errors import PolicyError, SwitchError
+from nsa_sel.policy import Policy, Rule, default_path, find, load, save, user_path
+from nsa_sel.switches import parse
 
 GOOD = Policy({"NVIDIA H200": {"cuda": Rule(True, 256), "triton": Rule(False)}, "NVIDIA L4": {"cuda": Rule(False)}})
 
@@ -114,3 +117,52 @@ def test_where_the_policy_lies(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_path() == Path("/somewhere/p.json")
     monkeypatch.setenv("NSA_SEL_POLICY", "")
     assert default_path().parts[-2:] == ("nsa_sel", "policy.json")
+
+
+def test_the_users_policy_lies_in_xdg_config_home_else_in_dot_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "platformdirs", None)  # not there, and not needed
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/etc/conf")
+    assert user_path() == Path("/etc/conf/nsa_sel/policy.json")
+    monkeypatch.setenv("HOME", "/home/someone")
+    for unset in ("", "relative/path"):
+        monkeypatch.setenv("XDG_CONFIG_HOME", unset)
+        assert user_path() == Path("/home/someone/.config/nsa_sel/policy.json")
+
+
+def test_a_home_that_may_not_be_searched_holds_no_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path, **options: Any) -> Any:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", refused)
+    monkeypatch.setattr(Path, "exists", refused)
+    assert find(None) is None
+    assert find("named.json") == Path("named.json")  # which must be there: reading it says what is wrong
+
+
+def test_a_written_policy_keeps_the_umasks_mode_or_that_of_the_file_it_replaces(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    before = os.umask(0o022)
+    try:
+        save(Policy(), path)
+        assert path.stat().st_mode & 0o777 == 0o644
+        path.chmod(0o640)
+        save(Policy(), path)
+        assert path.stat().st_mode & 0o777 == 0o640
+    finally:
+        os.umask(before)
+
+
+def test_what_json_cannot_take_in_is_a_policy_error(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    for text in ("[" * 100_000, '{"version": ' + "1" * 5000 + "}"):
+        path.write_text(text)
+        with pytest.raises(PolicyError, match="expected JSON"):
+            load(path)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(PolicyError, match="not a regular file"):
+        load(tmp_path / "pipe")
+
+
+def test_a_switch_of_thousands_of_digits_is_a_switch_error() -> None:
+    with pytest.raises(SwitchError, match="5000 digits"):
+        parse({"NSA_SEL_TRITON_MIN_L": "1" * 5000})

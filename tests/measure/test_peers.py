@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def _adapter(name: str) -> Contestant:
-    return peers._load(name, FOLDER / f"{name}.py")
+    return peers.load(name, FOLDER / f"{name}.py")
 
 
 def _inputs(**options: Any) -> Inputs:
@@ -121,6 +121,7 @@ def test_flashinfer_adapter_plans_the_selected_blocks_as_pages(monkeypatch: pyte
     class Wrapper:
         def __init__(self, workspace: torch.Tensor, layout: str, **options: Any) -> None:
             assert layout == "HND"
+            assert not workspace.any(), "its documentation asks for a workspace of zeros"
 
         def plan(self, **plan: Any) -> None:
             self.plan_ = SimpleNamespace(**plan)
@@ -136,6 +137,7 @@ def test_flashinfer_adapter_plans_the_selected_blocks_as_pages(monkeypatch: pyte
     module = ModuleType("flashinfer")
     module.BatchDecodeWithPagedKVCacheWrapper = Wrapper  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flashinfer", module)
+    monkeypatch.setattr(torch, "empty", lambda *size, **how: torch.full(size, 255, **how))
     _same(_adapter("flashinfer"), _inputs())
 
 
@@ -196,6 +198,42 @@ def test_vllm_adapter_hands_over_the_packed_pool(monkeypatch: pytest.MonkeyPatch
 
     _install(monkeypatch, "vllm.models.minimax_m3.common.ops.sparse_attn", "minimax_m3_sparse_attn_decode", decode)
     _same(_adapter("vllm"), _inputs(block_size=128, page_size=128, n=[2]))
+
+
+@pytest.mark.parametrize("name", ["fla", "xunhaolai"])
+def test_peers_that_need_block_pointers_say_so_without_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    language = ModuleType("triton.language")
+    triton = ModuleType("triton")
+    triton.__version__, triton.language = "3.9.0", language  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "triton", triton)
+    monkeypatch.setitem(sys.modules, "triton.language", language)
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda module: object())
+    assert _adapter(name).available() == "needs block pointers, which Triton 3.9.0 no longer has"
+    language.make_block_ptr = object()  # type: ignore[attr-defined]
+    assert _adapter(name).available() is None
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's own compiler, about itself
+def test_flex_adapter_compiles_more_shapes_than_dynamos_default_and_never_falls_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """After eight shapes dynamo ran flex_attention eagerly, which is dense, and its time stood under flex's name."""
+    from torch.nn.attention import flex_attention
+
+    config = torch._dynamo.config
+    names = ("recompile_limit", "accumulated_recompile_limit", "fail_on_recompile_limit_hit")
+    for name in names:
+        monkeypatch.setattr(config, name, getattr(config, name))
+    monkeypatch.setattr(flex_attention, "flex_attention", lambda q: q * 2 if torch.compiler.is_compiling() else q * 0)
+    module = sys.modules[type(_adapter("flex")).__module__]
+    torch._dynamo.reset()
+    run = module._compiled.__wrapped__("eager")
+    assert [float(run(torch.ones(1, size)).sum()) / size for size in range(2, 14)] == [2.0] * 12
+    monkeypatch.setattr(config, "recompile_limit", 1)
+    torch._dynamo.reset()
+    run(torch.ones(1, 2))
+    with pytest.raises(Exception, match="limit"):
+        run(torch.ones(1, 3))
 
 
 def test_flex_adapter_masks_the_selected_blocks() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 from nsa_sel.measure import schema
+from nsa_sel.measure.files import read_text
 
 MAX_NAMED = 4  # reasons of one file that are spelled out; the rest is counted
 
@@ -51,12 +53,8 @@ def _read(path: str | Path | None, kind: str, columns: tuple[str, ...], numeric:
     try:
         # All as text: pandas would otherwise turn "NA", an empty cell and a short row into the same NaN without a
         # word, and skip blank lines, which shifts the line numbers that the reasons name.
-        raw = pd.read_csv(
-            path, dtype=str, keep_default_na=False, na_filter=False, skip_blank_lines=False, encoding="utf-8-sig"
-        )
-    except FileNotFoundError:
-        table.faults.append(f"{name}: no such file ({path})")
-        return table
+        text = io.StringIO(read_text(Path(path)))
+        raw = pd.read_csv(text, dtype=str, keep_default_na=False, na_filter=False, skip_blank_lines=False)
     except (OSError, ValueError) as error:  # pandas' parser errors and bad encodings are ValueErrors
         table.faults.append(f"{name}: cannot be read as CSV ({str(error).strip()})")
         return table

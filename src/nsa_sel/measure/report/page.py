@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from nsa_sel.measure import schema
-from nsa_sel.measure.files import write_atomically
+from nsa_sel.measure.files import FileError, read_json, write_atomically
 from nsa_sel.measure.judge.gate import judge
 from nsa_sel.measure.judge.rules import Rules, load_rules
 from nsa_sel.measure.judge.tables import Table, read_bench, read_decode
@@ -191,9 +190,9 @@ def _gaps(folder: Path, bench: Table, decode: Table) -> list[str]:
         for (backend, mode), group in missing.groupby(["backend", "mode"]):
             found.append(f"- `{backend}` ({mode}): {len(group)} rows did not run as named")
     data = _json(folder / "bench.json")
-    found += [f"- workload {name}: {reason}" for name, reason in data.get("skipped", {}).items()]
+    found += [f"- workload {name}: {reason}" for name, reason in _table(data, "skipped").items()]
     found += [
-        f"- peer {name}: {reason}" for name, reason in data.get("environment", {}).get("peers_absent", {}).items()
+        f"- peer {name}: {reason}" for name, reason in _table(_table(data, "environment"), "peers_absent").items()
     ]
     return [*lines, *(found or ["Everything that was asked for ran."])]
 
@@ -203,9 +202,13 @@ def _picture(drawn: dict[str, Path | None], name: str, text: str) -> list[str]:
     return [NOTHING, ""] if path is None else [f"![{text}]({path.name})", ""]
 
 
+def _table(data: dict[str, Any], name: str) -> dict[str, Any]:
+    found = data.get(name)
+    return found if isinstance(found, dict) else {}
+
+
 def _json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_json(path)
+    except FileError:
         return {}
-    return data if isinstance(data, dict) else {}

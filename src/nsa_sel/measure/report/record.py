@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import pandas as pd
 
 from nsa_sel import policy
 from nsa_sel.measure import schema
-from nsa_sel.measure.files import write_atomically
+from nsa_sel.measure.files import FileError, read_json, write_atomically
 from nsa_sel.measure.judge.gate import Gate, Judgement
 from nsa_sel.measure.judge.threshold import markdown_table
 
@@ -54,10 +53,9 @@ def slug(name: str) -> str:
 def environment_of(bench: str) -> dict[str, Any]:
     """Return the environment JSON beside a CSV file, or an empty one: a record is written without it too."""
     try:
-        found = json.loads(Path(bench).with_suffix(".json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        environment = read_json(Path(bench).with_suffix(".json")).get("environment")
+    except FileError:
         return {}
-    environment = found.get("environment", {}) if isinstance(found, dict) else {}
     return environment if isinstance(environment, dict) else {}
 
 

@@ -170,13 +170,17 @@ class _Entrant:
         except Exception as error:  # whatever it is, it is this contestant's: a row of its own says so
             self.timed.reason = f"{type(error).__name__}: {error}"
             self.timed.samples, self.sample = [], None
-            if self.settings.device.type == "cuda":
-                try:
-                    torch.cuda.synchronize(self.settings.device)
-                except RuntimeError as lost:
-                    raise ContextLostError(f"{self.name} broke the CUDA context ({lost})") from error
+            try:
+                _synchronize(self.settings.device)
+            except RuntimeError as lost:
+                raise ContextLostError(f"{self.name} broke the CUDA context ({lost})") from error
         finally:
             self.ran.update({name: count - before.get(name, 0) for name, count in counts().items()})
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def proof(name: str, ran: Counter[str], calls: int) -> str:
