@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from nsa_sel.measure.run.timed import counts, proof
 
 from nsa_sel.measure.run.clock import one_thread
 from nsa_sel.measure.run.decode_step import DecodeStep
 from nsa_sel.measure.run.session import selecting_backend
-from nsa_sel.measure.run.timed import counts, proof
 
 
 @pytest.mark.parametrize("context", [1024, 4096])
