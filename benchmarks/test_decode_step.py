@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from nsa_sel.measure.run.timed import counts, proof
 
 from nsa_sel.measure.run.clock import one_thread
 from nsa_sel.measure.run.decode_step import DecodeStep
+from nsa_sel.measure.run.race import counts, proof
 from nsa_sel.measure.run.session import selecting_backend
 
 

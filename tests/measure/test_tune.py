@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from nsa_sel.measure.run.timed import Settings
 
 from nsa_sel.measure.run import session, tune
 from nsa_sel.measure.run.contestants import Own
 from nsa_sel.measure.run.inputs import Inputs
+from nsa_sel.measure.run.race import Settings
 from nsa_sel.measure.run.session import TuneSession
 from nsa_sel.measure.run.tune import Config, best_by_bucket, bucket_of, grid, sweep
 from nsa_sel.measure.run.workload import from_options

@@ -67,6 +67,11 @@ TORCH = "torch"  # the backend of the stages that are plain PyTorch
 DISTRIBUTIONS = ("few", "many", "mixed")
 MODES = ("eager", "graph", "streams2")
 BASELINE = "sdpa"
+PREPARED = "sdpa_prepared"
+BASELINES = (BASELINE, PREPARED)  # the faster of these is what a kernel has to beat
+HERE = ("cuda", "triton", *BASELINES, "sdpa_gathered")  # what needs no peer's library and runs in one process
+SPANS_FROM = 8  # tokens from which on every distribution of spans has rows
+STEP = "step"  # in the column stage: the whole step
 
 DTYPE_BYTES = {
     "bf16": 2,

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from nsa_sel.measure import schema
 from nsa_sel.measure.judge.rules import Rules
-from nsa_sel.measure.judge.tables import Table, read_bench, read_decode, summary, where
+from nsa_sel.measure.judge.tables import Row, Table, read_bench, read_decode, summary, where
 from nsa_sel.measure.judge.threshold import Threshold, find_threshold
-from nsa_sel.measure.judge.trust import bench_faults, bench_remarks, judged
-from nsa_sel.measure.judge.trust_decode import decode_faults, decode_remarks, step_rows
+from nsa_sel.measure.judge.trust import bench_faults, bench_remarks, compare, intervals_of
+from nsa_sel.measure.judge.trust_decode import Step, decode_faults, decode_remarks, steps_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Gate:
     verdict: str
     value: float | None
     reason: str
-    rows: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False, compare=False)
+    rows: list[Row] = field(default_factory=list, repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -41,6 +40,7 @@ class Judgement:
     sources: dict[str, str]
     remarks: list[str]
     threshold: Threshold | None
+    steps: list[Step]
 
     @property
     def exit_code(self) -> int:
@@ -59,34 +59,31 @@ class Judgement:
 def judge(bench: str | Path | None, decode: str | Path | None, rules: Rules, backend: str = "cuda") -> Judgement:
     """Judge `backend` on the data of a bench.csv and a decode.csv.
 
-    share: the smallest over B of the median over contexts of the select stage's share; roi: a threshold exists at the
-    margin; stability: the largest MAE. Any NOT MEASURED makes the whole NOT MEASURED, else any FAIL makes it FAIL.
+    share: the smallest over B of the median over sparse contexts of the selection's share of the step with packed
+    SDPA; roi: a threshold exists at the margin over the faster baseline; stability: the largest MAE. Any NOT MEASURED
+    makes the whole NOT MEASURED, else any FAIL makes it FAIL.
     """
     bench_table, decode_table = read_bench(bench), read_decode(decode)
-    bench_reasons = bench_faults(bench_table, rules, backend)
-    decode_reasons = decode_faults(decode_table, rules, backend)
-    across = _other_device(bench_table, decode_table)
-    bench_reasons, decode_reasons = across + bench_reasons, across + decode_reasons
-
-    found = None
+    across = _apart(bench_table, decode_table)
+    bench_reasons = across + bench_faults(bench_table, rules, backend)
+    decode_reasons = across + decode_faults(decode_table, rules, backend)
+    found, steps = None, list[Step]()
     if bench_reasons:
         roi = stability = Gate(schema.NOT_MEASURED, None, summary(bench_reasons))
     else:
-        frame = bench_table.rows
-        mine, deciding = frame[frame["backend"] == backend], judged(frame)
-        found = find_threshold(deciding[deciding["backend"] == backend], rules.roi_margin, rules.stability_max_mae)
+        rows = compare(bench_table.rows, intervals_of(bench_table), backend)
+        found = find_threshold(rows, rules.roi_margin, rules.stability_max_mae)
         roi = Gate(found.verdict, found.min_l, found.reason, found.rows)
-        stability = _stability(mine, rules)
-    share = (
-        Gate(schema.NOT_MEASURED, None, summary(decode_reasons))
-        if decode_reasons
-        else _share(decode_table, rules, backend)
-    )
-
+        stability = _stability([row for row in bench_table.rows if row["backend"] == backend], rules)
+    if decode_reasons:
+        share = Gate(schema.NOT_MEASURED, None, summary(decode_reasons))
+    else:
+        steps = steps_of(decode_table, backend)
+        share = _share([step for step in steps if step.context > rules.trust_dense_until], rules)
     gates = {"share": share, "roi": roi, "stability": stability}
     device, sm = _device(bench_table, decode_table)
     remarks = [] if bench_reasons else bench_remarks(bench_table)
-    remarks += [] if decode_reasons else decode_remarks(decode_table, backend)
+    remarks += [] if decode_reasons else decode_remarks(decode_table, rules, backend)
     return Judgement(
         verdict=_overall(gates),
         min_l=found.min_l if found else None,
@@ -98,6 +95,7 @@ def judge(bench: str | Path | None, decode: str | Path | None, rules: Rules, bac
         sources={"bench": bench_table.path, "decode": decode_table.path},
         remarks=remarks,
         threshold=found,
+        steps=steps,
     )
 
 
@@ -109,40 +107,53 @@ def _overall(gates: dict[str, Gate]) -> str:
     return schema.PASS
 
 
-def _share(table: Table, rules: Rules, backend: str) -> Gate:
-    rows = step_rows(table.rows, backend)
-    selecting = rows[rows["stage"] == "select"]
-    by_batch = selecting.groupby("B")["share"].median()
-    batch, value = by_batch.idxmin(), float(by_batch.min())
+def _share(steps: list[Step], rules: Rules) -> Gate:
+    by_batch = {
+        batch: statistics.median(step.share for step in steps if step.B == batch)
+        for batch in dict.fromkeys(step.B for step in steps)
+    }
+    batch, value = min(by_batch.items(), key=lambda item: item[1])
     # Written so that NaN fails, although no NaN comes this far.
     verdict = schema.PASS if value >= rules.share_min else schema.FAIL
     each = ", ".join(f"B={b:g}: {share:.3g}" for b, share in by_batch.items())
+    best = max(steps, key=lambda step: step.speedup)
     reason = (
-        f"the selection takes {value:.3g} of the step at B={batch:g} "
-        f"(smallest over B of the median over contexts; {each}), "
-        f"asked: at least {rules.share_min:g}"
+        f"on packed SDPA the selection takes {value:.3g} of the step at B={batch:g} "
+        f"(smallest over B of the median over contexts; {each}), asked: at least {rules.share_min:g}; "
+        f"with the kernel the whole step is at best {best.speedup:.3g}x at B={best.B:g}, context {best.context:g} "
+        f"(share and selection make it {best.expected:.3g}x)"
     )
-    return Gate(verdict, value, reason, selecting[selecting["B"] == batch])
+    rows = [step.rows["select", schema.BASELINE] for step in steps if step.B == batch]
+    return Gate(verdict, float(f"{value:.7g}"), reason, rows)
 
 
-def _stability(mine: pd.DataFrame, rules: Rules) -> Gate:
+def _stability(mine: list[Row], rules: Rules) -> Gate:
     # Every mode counts: a wrong result is wrong also where another mode's time decides.
-    worst = mine[mine["mae"] == mine["mae"].max()]
-    value = float(mine["mae"].max())
+    value = max(row["mae"] for row in mine)
+    worst = [row for row in mine if row["mae"] == value]
     verdict = schema.PASS if value <= rules.stability_max_mae else schema.FAIL
     reason = f"the largest MAE is {value:.3g}, asked: at most {rules.stability_max_mae:g}; {where(worst)}"
     return Gate(verdict, value if math.isfinite(value) else None, reason, worst)
 
 
-def _other_device(bench: Table, decode: Table) -> list[str]:
-    if bench.frame is None or decode.frame is None:
+def _apart(bench: Table, decode: Table) -> list[str]:
+    """Return what says that the two files are not of one GPU and one state of the code."""
+    if not (bench.readable and decode.readable):
         return []
-    devices = [" and ".join(sorted(set(table.rows["device"] + " sm " + table.rows["sm"]))) for table in (bench, decode)]
-    return [] if devices[0] == devices[1] else [f"mixed devices: bench holds {devices[0]}, decode holds {devices[1]}"]
+    found = []
+    for columns, what in ((("device", "sm"), "mixed devices"), (("commit",), "two commits")):
+        held = [
+            " and ".join(sorted({" sm ".join(row[c] for c in columns) for row in table.rows}))
+            for table in (bench, decode)
+        ]
+        if held[0] != held[1]:
+            found.append(f"{what}: bench holds {held[0]}, decode holds {held[1]}")
+    return found
 
 
 def _device(bench: Table, decode: Table) -> tuple[str, str]:
     for table in (bench, decode):
-        if table.frame is not None and table.rows["device"].nunique() == 1:
-            return str(table.rows["device"].iloc[0]), str(table.rows["sm"].iloc[0])
+        named = {(row["device"], row["sm"]) for row in table.rows}
+        if len(named) == 1:
+            return next(iter(named))
     return "", ""

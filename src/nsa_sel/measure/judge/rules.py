@@ -33,6 +33,15 @@ class Rules:
     trust_bytes_off: float
     trust_ceiling: float
     trust_share_sum: float
+    trust_physical: float
+    trust_residual: float
+    trust_amdahl_off: float
+    trust_spread: float
+    trust_clock_drift: float
+    trust_anchor_off: float
+    trust_fall: float
+    trust_alike: float
+    trust_dense_until: int
 
 
 # Limits (exclusive below, inclusive above): outside them a rule would pass anything or nothing.
@@ -45,6 +54,15 @@ _LIMITS = {
     "trust.bytes_off": (0.0, 1.0),
     "trust.ceiling": (0.0, math.inf),
     "trust.share_sum": (0.0, math.inf),
+    "trust.physical": (0.0, math.inf),
+    "trust.residual": (0.0, 1.0),
+    "trust.amdahl_off": (0.0, 1.0),
+    "trust.spread": (0.0, math.inf),
+    "trust.clock_drift": (0.0, 1.0),
+    "trust.anchor_off": (0.0, 1.0),
+    "trust.fall": (0.0, 1.0),
+    "trust.alike": (0.0, 1.0),
+    "trust.dense_until": (0, math.inf),
 }
 
 

@@ -1,38 +1,39 @@
-"""Reading the CSV files: everything comes in as text, and what is not a number is named instead of dropped."""
+"""Reading a CSV file and the JSON beside it: all comes in as text, and what is not a number is named, not dropped."""
 
 from __future__ import annotations
 
-import io
+import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import numpy as np
-import pandas as pd
+from typing import Any
 
 from nsa_sel.measure import schema
-from nsa_sel.measure.files import read_text
+from nsa_sel.measure.files import FileError, read_csv, read_json
 
-MAX_NAMED = 4  # reasons of one file that are spelled out; the rest is counted
+NAN = float("nan")
+Row = dict[str, Any]
 
 
 @dataclass
 class Table:
-    """A CSV file as read: `frame` (None where nothing could be read) and what is wrong with it as a whole.
+    """A CSV file as read: its rows, the facts in the JSON beside it, and what is wrong with either as a whole.
 
-    `frame` keeps every row, with `line` (its line in the file, header = 1) and numeric columns as float64 where
-    a cell that is no finite number is NaN; its text stands in the column `<name>_text`.
+    A row has `line` (its line in the file, header = 1) and numeric columns as floats, NaN where a cell is no finite
+    number; its text stands in the column `<name>_text`.
     """
 
     path: str
-    frame: pd.DataFrame | None = None
+    rows: list[Row] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
+    readable: bool = False
 
     @property
-    def rows(self) -> pd.DataFrame:
-        """Return the frame of a table that could be read."""
-        if self.frame is None:
-            raise ValueError(f"{self.path}: expected a table that could be read, got: {'; '.join(self.faults)}")
-        return self.frame
+    def name(self) -> str:
+        """The file's name without its folder."""
+        return self.path.rsplit("/", 1)[-1]
 
 
 def read_bench(path: str | Path | None) -> Table:
@@ -45,59 +46,76 @@ def read_decode(path: str | Path | None) -> Table:
     return _read(path, "decode", schema.DECODE_COLUMNS, (*schema.DECODE_COUNTS, *schema.DECODE_FIGURES))
 
 
-def _read(path: str | Path | None, kind: str, columns: tuple[str, ...], numeric: tuple[str, ...]) -> Table:
-    if path is None:
-        return Table(f"{kind}.csv", faults=[f"no {kind} file was given"])
-    table = Table(str(path))
-    name = Path(path).name
+def number(value: object) -> float:
+    """Return a finite number as a float, NaN for anything else.
+
+    >>> number("2.5"), number("inf"), number(None)
+    (2.5, nan, nan)
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return NAN
     try:
-        # All as text: pandas would otherwise turn "NA", an empty cell and a short row into the same NaN without a
-        # word, and skip blank lines, which shifts the line numbers that the reasons name.
-        text = io.StringIO(read_text(Path(path)))
-        raw = pd.read_csv(text, dtype=str, keep_default_na=False, na_filter=False, skip_blank_lines=False)
-    except (OSError, ValueError) as error:  # pandas' parser errors and bad encodings are ValueErrors
-        table.faults.append(f"{name}: cannot be read as CSV ({str(error).strip()})")
-        return table
-    missing = [column for column in columns if column not in raw.columns]
-    if missing:
-        table.faults.append(f"{name}: missing column {', '.join(missing)}")
-        return table
-    if raw.columns.duplicated().any() or not isinstance(raw.index, pd.RangeIndex):
-        # A row with more cells than the header makes pandas take the first column as an index: every column is then
-        # shifted by one.
-        table.faults.append(f"{name}: rows and header do not have the same columns")
-        return table
-    frame = raw.fillna("").apply(lambda column: column.str.strip())
-    frame["sm"] = frame["sm"].str.replace(r"\.0$", "", regex=True)  # a spreadsheet's way of writing 90
-    frame["line"] = np.arange(len(frame)) + 2
-    frame = frame[(frame[list(columns)] != "").any(axis=1)].reset_index(drop=True)  # a trailing blank line is no row
-    if frame.empty:
-        table.faults.append(f"{name}: holds no rows")
-        return table
-    for column in numeric:
-        frame[f"{column}_text"] = frame[column]
-        values = pd.to_numeric(frame[column], errors="coerce").astype(float)
-        frame[column] = values.where(np.isfinite(values))
-    table.frame = frame
-    return table
+        found = float(value)
+    except (ValueError, OverflowError):
+        return NAN
+    return found if math.isfinite(found) else NAN
 
 
-def where(rows: pd.DataFrame) -> str:
+def entries(facts: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    """Return the objects in a list of a run's JSON; what is no list or no object is not there."""
+    found = facts.get(name)
+    return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+
+
+def inner(facts: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return an object in a run's JSON, an empty one where there is none."""
+    found = facts.get(name)
+    return found if isinstance(found, dict) else {}
+
+
+def where(rows: list[Row]) -> str:
     """Say in how many rows something is the case and describe the first of them."""
-    first = rows.iloc[0]
-    tags = [
-        str(first[c]) for c in ("workload", "dist", "stage", "backend", "mode") if c in rows.columns and first[c] != ""
-    ]
-    tags += [f"{c}={_short(first[c])}" for c in ("L", "B", "context") if c in rows.columns]
+    first = rows[0]
+    tags = [str(first[c]) for c in ("workload", "dist", "stage", "backend", "mode") if first.get(c)]
+    tags += [f"{c}={first[c]:g}" for c in ("L", "B", "context") if isinstance(first.get(c), float)]
     count = f"{len(rows)} rows, the first at" if len(rows) > 1 else "at"
     return f"{count} line {first['line']} ({', '.join(tags)})"
 
 
-def summary(reasons: list[str]) -> str:
-    """Join reasons into one line that names the first few and counts the rest."""
-    rest = len(reasons) - MAX_NAMED
-    return "; ".join(reasons[:MAX_NAMED]) + (f"; and {rest} more reasons" if rest > 0 else "")
+def summary(reasons: Iterable[str]) -> str:
+    """Join reasons into one line; each names its rows by the first of them and a count."""
+    return "; ".join(dict.fromkeys(reasons))
 
 
-def _short(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+def _read(path: str | Path | None, kind: str, columns: tuple[str, ...], numeric: tuple[str, ...]) -> Table:
+    if path is None:
+        return Table(f"{kind}.csv", faults=[f"no {kind} file was given"])
+    table = Table(str(path))
+    try:
+        header, lines = read_csv(Path(path))
+    except FileError as error:
+        table.faults.append(f"{table.name}: {error}")
+        return table
+    if missing := [column for column in columns if column not in header]:
+        table.faults.append(f"{table.name}: missing column {', '.join(missing)}")
+        return table
+    cells = [[cell.strip() for cell in line] for line in lines]
+    filled = [(at + 2, line) for at, line in enumerate(cells) if any(line)]  # a trailing blank line is no row
+    if len(set(header)) < len(header) or any(len(line) != len(header) for _, line in filled):
+        table.faults.append(f"{table.name}: rows and header do not have the same columns")
+        return table
+    if not filled:
+        table.faults.append(f"{table.name}: holds no rows")
+        return table
+    for at, line in filled:
+        row: Row = dict(zip(header, line, strict=True)) | {"line": at}
+        row["sm"] = re.sub(r"\.0$", "", row["sm"])  # a spreadsheet's way of writing 90
+        for column in numeric:
+            row[f"{column}_text"], row[column] = row[column], number(row[column])
+        table.rows.append(row)
+    table.readable = True
+    try:
+        table.facts = read_json(Path(path).with_suffix(".json"))
+    except FileError as error:
+        table.faults.append(f"{table.name}: nothing says whether the run finished: {error}")
+    return table

@@ -2,79 +2,100 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import pandas as pd
-
 from nsa_sel.measure import schema
+from nsa_sel.measure.judge import checks
 from nsa_sel.measure.judge.rules import Rules
-from nsa_sel.measure.judge.tables import read_bench, summary, where
-from nsa_sel.measure.judge.trust import bench_faults, device_faults, judged
+from nsa_sel.measure.judge.tables import Row, read_bench, summary, where
+from nsa_sel.measure.judge.trust import bench_faults, compare, intervals_of
+from nsa_sel.measure.report.markdown import table_lines
 
 SLOWER = 1 / 1.1  # nothing may get more than 10 % slower than the baseline
 
 
 @dataclass(frozen=True)
+class Group:
+    """What was measured at one L in one distribution."""
+
+    L: int
+    dist: str
+    rows: int
+    slowest: float
+    median: float
+    mae: float
+    holds: bool
+
+
+@dataclass(frozen=True)
 class Threshold:
-    """What a set of rows says of a backend: `min_l` (None: there is none), why, and the table by L and distribution."""
+    """What a set of rows says of a backend: `min_l` (None: there is none), why, and groups by L and distribution."""
 
     verdict: str
     min_l: int | None
     reason: str
-    table: pd.DataFrame = field(default_factory=pd.DataFrame)
-    rows: pd.DataFrame = field(default_factory=pd.DataFrame)
+    groups: tuple[Group, ...] = ()
+    rows: list[Row] = field(default_factory=list)
 
 
-def find_threshold(rows: pd.DataFrame, margin: float, max_mae: float) -> Threshold:
-    """Find the threshold in `rows`, the judged rows of one backend, each with its L, dist, speedup and mae.
+def find_threshold(rows: list[Row], margin: float, max_mae: float) -> Threshold:
+    """Find the threshold in `rows`, those of `compare`.
 
     Fails closed: where the largest measured L fails, there is no threshold, whatever the smaller ones did.
     """
-    # Written so that NaN fails: a comparison that NaN passes would be no comparison.
-    holds = (rows["speedup"] >= margin) & (rows["mae"] <= max_mae)
-    table = _table(rows, holds)
+
+    def holds(row: Row) -> bool:
+        # Written so that NaN fails: a comparison that NaN passes would be no comparison.
+        return bool(row["roi_low"] >= margin and row["mae"] <= max_mae)
+
+    lengths = sorted({int(row["L"]) for row in rows}, reverse=True)
     min_l = None
-    for length in sorted(set(rows["L"]), reverse=True):
-        if not holds[rows["L"] == length].all():
+    for length in lengths:
+        if not all(holds(row) for row in rows if row["L"] == length):
             break
-        min_l = int(length)
+        min_l = length
+    groups = []
+    for length, dist in sorted({(int(row["L"]), str(row["dist"])) for row in rows}):
+        mine = [row for row in rows if (row["L"], row["dist"]) == (length, dist)]
+        ratios, worst = [row["roi"] for row in mine], max(row["mae"] for row in mine)
+        group = (min(ratios), statistics.median(ratios), worst, all(map(holds, mine)))
+        groups.append(Group(length, dist, len(mine), *group))
+    deciding = [row for row in rows if (row["L"] == lengths[0] and not holds(row)) or (min_l and row["L"] >= min_l)]
+    worst_row = min(deciding, key=lambda row: float(row["roi_low"]))
+    told = f"{worst_row['roi']:.3g}x over {worst_row['baseline']}, at least {worst_row['roi_low']:.4g}x"
     if min_l is None:
-        failing = rows[~holds & (rows["L"] == rows["L"].max())]
-        worst = failing.sort_values("speedup").iloc[0]
         reason = (
-            f"no threshold: the largest measured L = {rows['L'].max():g} fails {margin:g}x or MAE {max_mae:g} "
-            f"(speed-up {worst['speedup']:.3g}, MAE {worst['mae']:.3g}), {where(failing)}"
+            f"no threshold: the largest measured L = {lengths[0]} fails {margin:g}x or MAE {max_mae:g} "
+            f"({told}, MAE {max(row['mae'] for row in deciding):.3g}), {where(deciding)}"
         )
-        return Threshold(schema.FAIL, None, reason, table, failing)
-    above = rows[rows["L"] >= min_l]
-    worst = above.sort_values("speedup").iloc[0]
+        return Threshold(schema.FAIL, None, reason, tuple(groups), deciding)
     reason = (
-        f"from L = {min_l} on every row reaches {margin:g}x with MAE <= {max_mae:g}: {len(above)} rows, "
-        f"the slowest {worst['speedup']:.3g}x {where(above.sort_values('speedup').head(1))}"
+        f"from L = {min_l} on the lower end of every speed-up reaches {margin:g}x with MAE <= {max_mae:g}: "
+        f"{len(deciding)} rows, the slowest {told}, {where([worst_row])}"
     )
-    return Threshold(schema.PASS, min_l, reason, table, above)
+    return Threshold(schema.PASS, min_l, reason, tuple(groups), deciding)
 
 
 def threshold_of_files(paths: list[str | Path], rules: Rules, backend: str) -> Threshold:
     """Find the threshold over several bench.csv, each of which must be believable on its own."""
     faults: list[str] = []
-    frames = []
-    for path in paths:
-        table = read_bench(path)
+    tables = [read_bench(path) for path in paths]
+    for table in tables:
         faults += bench_faults(table, rules, backend)
-        if table.frame is not None:
-            frames.append(table.frame)
     if len({Path(path).resolve() for path in paths}) < len(paths):
         faults.append("the same file was given twice")
-    if len(frames) > 1:
-        faults += device_faults(pd.concat(frames))
+    rows = [row for table in tables for row in table.rows]
+    faults += checks.device_faults(rows)
+    if len({row["commit"] for row in rows}) > 1:
+        faults.append("files of several commits")
     if not paths:
         faults.append("no bench file was given")
     if faults:
-        return Threshold(schema.NOT_MEASURED, None, summary(list(dict.fromkeys(faults))))
-    rows = pd.concat([judged(frame) for frame in frames])
-    return find_threshold(rows[rows["backend"] == backend], rules.roi_margin, rules.stability_max_mae)
+        return Threshold(schema.NOT_MEASURED, None, summary(faults))
+    compared = [row for table in tables for row in compare(table.rows, intervals_of(table), backend)]
+    return find_threshold(compared, rules.roi_margin, rules.stability_max_mae)
 
 
 def threshold_page(found: Threshold, rules: Rules, backend: str, sources: list[str]) -> str:
@@ -84,73 +105,50 @@ def threshold_page(found: Threshold, rules: Rules, backend: str, sources: list[s
         "",
         f"{found.reason[0].upper()}{found.reason[1:]}.",
         "",
-        f"Asked: at least {rules.roi_margin:g}x packed SDPA and MAE <= {rules.stability_max_mae:g} in every row",
-        "of every distribution, at the threshold and at every larger measured L. Data: "
+        f"Asked: at least {rules.roi_margin:g}x the faster baseline and MAE <= {rules.stability_max_mae:g} in every",
+        "row of every distribution, at the threshold and at every larger measured L. Data: "
         + ", ".join(f"`{source}`" for source in sources)
         + ".",
     ]
-    if found.table.empty:
+    if not found.groups:
         return "\n".join([*lines, "", "Nothing below is filled in, because the data cannot be believed.", ""])
-    lines += ["", "## By L and distribution", "", *markdown_table(_for_print(found.table))]
+    lines += ["", "## By L and distribution", "", *table_lines(HEADER, [_for_print(one) for one in found.groups])]
     lines += ["", "## What routing below the threshold costs", "", *_routing_cost(found)]
     return "\n".join([*lines, ""])
 
 
-def markdown_table(frame: pd.DataFrame) -> list[str]:
-    """Return the lines of a Markdown table of a frame of text.
-
-    >>> markdown_table(pd.DataFrame({"L": ["16"], "holds": ["yes"]}))
-    ['| L | holds |', '|---|---|', '| 16 | yes |']
-    """
-    lines = ["| " + " | ".join(frame.columns) + " |", "|" + "---|" * len(frame.columns)]
-    return lines + ["| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in frame.to_numpy()]
+HEADER = ("L", "distribution", "rows", "slowest", "median", "largest MAE", "holds")
 
 
-def _table(rows: pd.DataFrame, holds: pd.Series) -> pd.DataFrame:
-    groups = rows.assign(holds=holds).groupby(["L", "dist"], sort=True)
-    return groups.agg(
-        rows=("L", "size"),
-        speedup_min=("speedup", "min"),
-        speedup_median=("speedup", "median"),
-        mae_max=("mae", "max"),
-        holds=("holds", "all"),
-    ).reset_index()
-
-
-def _for_print(table: pd.DataFrame) -> pd.DataFrame:
-    text = pd.DataFrame({"L": table["L"].map("{:g}".format), "distribution": table["dist"], "rows": table["rows"]})
-    text["slowest"] = table["speedup_min"].map("{:.2f}x".format)
-    text["median"] = table["speedup_median"].map("{:.2f}x".format)
-    text["largest MAE"] = table["mae_max"].map("{:.2g}".format)
-    text["holds"] = table["holds"].map({True: "yes", False: "**no**"})
-    return text
+def _for_print(one: Group) -> tuple[str, ...]:
+    figures = (f"{one.slowest:.2f}x", f"{one.median:.2f}x", f"{one.mae:.2g}")
+    return (str(one.L), one.dist, str(one.rows), *figures, "yes" if one.holds else "**no**")
 
 
 def _routing_cost(found: Threshold) -> list[str]:
-    table = found.table
     if found.min_l is None:
-        below, start = table, "With no threshold every call goes to packed SDPA"
+        below, start = found.groups, "With no threshold every call goes to packed SDPA"
     else:
-        below, start = table[table["L"] < found.min_l], f"Calls whose L bound is under {found.min_l} go to packed SDPA"
-    if below.empty:
+        below = tuple(group for group in found.groups if group.L < found.min_l)
+        start = f"Calls whose L bound is under {found.min_l} go to packed SDPA"
+    if not below:
         return ["No measured L lies below the threshold, so routing costs nothing that was measured."]
-    best = below.sort_values("speedup_median").iloc[-1]
+    best, worst = max(below, key=lambda group: group.median), min(below, key=lambda group: group.slowest)
     forgone = (
-        f"at most a median speed-up of {best['speedup_median']:.2f}x is given up (L = {best['L']:g}, {best['dist']})"
-        if best["speedup_median"] > 1
-        else "nothing is given up, because packed SDPA is the faster one there"
+        f"at most a median speed-up of {best.median:.2f}x is given up (L = {best.L}, {best.dist})"
+        if best.median > 1
+        else "nothing is given up, because a baseline is the faster one there"
     )
-    worst = below.sort_values("speedup_min").iloc[0]
-    lines = [f"{start}: they run at packed SDPA's own speed, and {forgone}."]
-    if worst["speedup_min"] < SLOWER:
+    lines = [f"{start}: they run at its own speed, and {forgone}."]
+    if worst.slowest < SLOWER:
         lines.append(
-            f"**More than 10 % slower than packed SDPA** is possible: {worst['speedup_min']:.2f}x "
-            f"at L = {worst['L']:g} ({worst['dist']}), "
+            f"**More than 10 % slower than the faster baseline** is possible: {worst.slowest:.2f}x "
+            f"at L = {worst.L} ({worst.dist}), "
             "where the kernel runs in spite of the threshold because the caller gives no bound. Pass `max_selected`."
         )
     else:
         lines.append(
             "A call whose L bound is unknown runs the kernel below the threshold too: never more than 10 % slower "
-            f"than packed SDPA (slowest {worst['speedup_min']:.2f}x)."
+            f"than the faster baseline (slowest {worst.slowest:.2f}x)."
         )
     return lines

@@ -1,113 +1,188 @@
-"""Whether a decode.csv can be believed, and the rows of it that decide."""
+"""Whether a decode.csv can be believed, and the steps that decide."""
 
 from __future__ import annotations
 
-import pandas as pd
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 from nsa_sel.measure import schema
+from nsa_sel.measure.judge import checks
 from nsa_sel.measure.judge.rules import Rules
-from nsa_sel.measure.judge.tables import Table, where
-from nsa_sel.measure.judge.trust import device_faults, number_faults, time_faults
+from nsa_sel.measure.judge.tables import Row, Table, entries, inner, number, where
 
-_STEP = ["B", "context"]
+STEP_KEYS = ("B", "context")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One decode step with packed SDPA as the selection's backend, and beside it the one with the kernel."""
+
+    B: float
+    context: float
+    rows: dict[tuple[str, str], Row]  # by stage and backend
+    backend: str
+
+    def ms(self, stage: str, backend: str) -> float:
+        """Median of a stage, NaN where it has no row."""
+        return float(self.rows.get((stage, backend), {}).get("ms_median", math.nan))
+
+    @property
+    def share(self) -> float:
+        """The selection's share of the step before any kernel, from the times."""
+        return self.ms("select", schema.BASELINE) / self.ms(schema.STEP, schema.BASELINE)
+
+    @property
+    def selection(self) -> float:
+        """How much faster the kernel is than packed SDPA at the selection of this step."""
+        return self.ms("select", schema.BASELINE) / self.ms("select", self.backend)
+
+    @property
+    def speedup(self) -> float:
+        """How much faster the whole step is with the kernel."""
+        return self.ms(schema.STEP, schema.BASELINE) / self.ms(schema.STEP, self.backend)
+
+    @property
+    def expected(self) -> float:
+        """What share and selection make of the whole step (Amdahl)."""
+        return 1 / (1 - self.share + self.share / self.selection)
+
+    @property
+    def accounted(self) -> float:
+        """What the stages make up of the step with packed SDPA."""
+        stages = [self.ms(s, schema.BASELINE if s == "select" else schema.TORCH) for s in schema.STAGES]
+        return sum(stages) / self.ms(schema.STEP, schema.BASELINE)
+
+
+def steps_of(table: Table, backend: str) -> list[Step]:
+    """Return the steps of a file in their order."""
+    found: dict[tuple[float, float], dict[tuple[str, str], Row]] = {}
+    for row in table.rows:
+        found.setdefault((row["B"], row["context"]), {})[row["stage"], row["backend"]] = row
+    return [Step(b, context, rows, backend) for (b, context), rows in found.items()]
 
 
 def decode_faults(table: Table, rules: Rules, backend: str) -> list[str]:
-    """Return every reason why `table` does not show the share of `backend`'s selection; an empty list where it does."""
-    if table.frame is None:
+    """Return every reason why `table` does not show the selection's share; an empty list where it does."""
+    if not table.readable:
         return table.faults
-    frame = table.frame
-    faults = _stages(frame, backend)
-    rows = step_rows(frame, backend)
-    faults += [*_did_not_run(rows), *device_faults(frame)]
-    claims = frame[
-        frame["backend"].isin([backend, schema.TORCH]) | (frame["ran"] != "") | (frame["ms_median_text"] != "")
+    named = (schema.BASELINE, backend, schema.TORCH)
+    rows = table.rows
+    claims = [row for row in rows if row["backend"] in named or row["ran"] or row["ms_median_text"]]
+    steps = steps_of(table, backend)
+    faults = [
+        *table.faults,
+        *checks.run_faults(table),
+        *_stages(rows, backend),
+        *checks.did_not_run([row for row in rows if row["backend"] in named]),
+        *checks.device_faults(rows),
+        *checks.number_faults(claims, schema.DECODE_COUNTS, schema.DECODE_FIGURES),
+        *checks.time_faults(claims, rules, tight=lambda row: True),
+        *_grid(rows, steps, backend),
+        *_shares(claims, steps, rules),
+        *_accounts(steps, rules),
+        *_patterns(rows, rules),
+        *_beside(table, steps),
+        *checks.clock_faults(table, STEP_KEYS, ((step.B, step.context) for step in steps), rules),
     ]
-    faults += number_faults(claims, schema.DECODE_COUNTS, schema.DECODE_FIGURES)
-    faults += time_faults(claims, schema.DECODE_TIMES)
-    faults += _shares(claims, rows, rules)
-    if (rows["stage"] == "select").any():
-        faults += _grid(rows)
-    name = table.path.rsplit("/", 1)[-1]
-    return [f"{name}: {fault}" for fault in faults]
+    return [fault if fault.startswith(table.name) else f"{table.name}: {fault}" for fault in dict.fromkeys(faults)]
 
 
-def step_rows(frame: pd.DataFrame, backend: str) -> pd.DataFrame:
-    """Return the rows of the steps that select with `backend`: its own, and PyTorch's for the stages it has none of."""
-    own = frame[frame["backend"] == backend]
-    torch = frame[frame["backend"] == schema.TORCH]
-    keys = pd.MultiIndex.from_frame(own[[*_STEP, "stage"]])
-    return pd.concat([own, torch[~pd.MultiIndex.from_frame(torch[[*_STEP, "stage"]]).isin(keys)]]).sort_values("line")
-
-
-def decode_remarks(table: Table, backend: str) -> list[str]:
+def decode_remarks(table: Table, rules: Rules, backend: str) -> list[str]:
     """Return what is odd about a believable file without deciding anything: for the reader of the record."""
-    rows = step_rows(table.rows, backend)
-    remarks = []
-    solid = rows[rows["share"] > 0.01]  # below this the share's rounding moves the step it implies
-    steps = (solid["ms_median"] / solid["share"]).groupby([solid["B"], solid["context"]])
-    spread = steps.max() / steps.min()
-    if (spread > 1.05).any():
-        b, context = spread.idxmax()
-        remarks.append(f"the stages' shares imply different steps at B={b:g}, context={context:g}")
-    dense = rows[rows["context"] <= 1024]
-    if len(dense):
-        remarks.append(f"nothing is sparse yet at contexts up to 1,024: {where(dense)}")
-    if rows["commit"].nunique() > 1:
-        remarks.append(f"rows of {rows['commit'].nunique()} commits: {', '.join(sorted(set(rows['commit'])))}")
-    name = table.path.rsplit("/", 1)[-1]
-    return [f"{name}: {remark}" for remark in remarks]
+    dense = [row for row in table.rows if row["context"] <= rules.trust_dense_until]
+    return [f"{table.name}: nothing is sparse yet and nothing decides at: {where(dense)}"] if dense else []
 
 
-def _stages(frame: pd.DataFrame, backend: str) -> list[str]:
-    faults = []
-    unknown = frame[~frame["stage"].isin(schema.STAGES)]
-    if len(unknown):
-        faults.append(f"unknown stage {unknown.iloc[0]['stage']!r}: {where(unknown)}")
-    selecting = frame[frame["stage"] == "select"]
-    if selecting.empty:
-        return [*faults, "no select stage"]
-    if not (selecting["backend"] == backend).any():
-        held = ", ".join(sorted(set(selecting["backend"])))
-        return [*faults, f"no select stage of backend {backend} (it holds {held})"]
-    return faults
+def _stages(rows: list[Row], backend: str) -> Iterator[str]:
+    if unknown := [row for row in rows if row["stage"] not in (*schema.STAGES, schema.STEP)]:
+        yield f"unknown stage {unknown[0]['stage'][:40]!r}: {where(unknown)}"
+    selecting = [row["backend"] for row in rows if row["stage"] == "select"]
+    for name in (schema.BASELINE, backend):
+        if name not in selecting:
+            held = ", ".join(sorted(set(selecting))) or "none"
+            yield f"no select stage of backend {name} (it holds {held})"
 
 
-def _did_not_run(rows: pd.DataFrame) -> list[str]:
-    faults = []
-    for backend, group in rows[rows["ran"] != rows["backend"]].groupby("backend"):
-        ran = group.iloc[0]["ran"]
-        faults.append(f"backend {backend} did not run ({'ran ' + repr(ran) if ran else 'nothing ran'}): {where(group)}")
-    return faults
-
-
-def _shares(claims: pd.DataFrame, rows: pd.DataFrame, rules: Rules) -> list[str]:
-    faults = []
-    bad = claims[(claims["share"] < 0) | (claims["share"] > 1)]
-    if len(bad):
-        faults.append(f"share is no fraction of the step (got {bad.iloc[0]['share']:g}): {where(bad)}")
-    total = rows.groupby(_STEP)["share"].sum()
-    over = total[total > rules.trust_share_sum]
-    if len(over):
-        b, context = over.index[0]
-        faults.append(f"the stages take more than their step: {over.iloc[0]:.3g} of it at B={b:g}, context={context:g}")
-    return faults
-
-
-def _grid(rows: pd.DataFrame) -> list[str]:
+def _grid(rows: list[Row], steps: list[Step], backend: str) -> Iterator[str]:
     """Every B at every context, every stage once: a step without a stage makes the others' shares look larger."""
-    faults = []
-    again = rows[rows.duplicated([*_STEP, "stage"], keep=False)]
-    if len(again):
-        faults.append(f"the same stage stands more than once, and nothing says which holds: {where(again)}")
-    for (b, context), step in rows.groupby(_STEP):
-        missing = [stage for stage in schema.STAGES if stage not in set(step["stage"])]
-        if missing:
-            faults.append(f"stage {', '.join(missing)} missing at B={b:g}, context={context:g}")
-    contexts = set(rows["context"].dropna())
-    for b, group in rows.groupby("B"):
-        absent = sorted(contexts - set(group["context"]))
-        if absent:
+    keys = [tuple(row[key] for key in (*STEP_KEYS, "stage", "backend")) for row in rows]
+    seen = Counter(keys)
+    again = [row for row, key in zip(rows, keys, strict=True) if seen[key] > 1]
+    if again:
+        yield f"the same stage stands more than once, and nothing says which holds: {where(again)}"
+    needed = [(s, schema.TORCH) for s in schema.STAGES if s != "select"]
+    needed += [(s, name) for s in ("select", schema.STEP) for name in (schema.BASELINE, backend)]
+    for step in steps:
+        if missing := [f"{stage} ({name})" for stage, name in needed if (stage, name) not in step.rows]:
+            yield f"stage {', '.join(missing)} missing at B={step.B:g}, context={step.context:g}"
+            break
+    contexts = {step.context for step in steps if not math.isnan(step.context)}
+    for batch in dict.fromkeys(step.B for step in steps):
+        if absent := sorted(contexts - {step.context for step in steps if step.B == batch}):
             listed = ", ".join(f"{context:g}" for context in absent)
-            faults.append(f"B={b:g} not measured at context {listed}, where another B was")
-    return faults
+            yield f"B={batch:g} not measured at context {listed}, where another B was"
+
+
+def _shares(claims: list[Row], steps: list[Step], rules: Rules) -> Iterator[str]:
+    if bad := [row for row in claims if not 0 <= row["share"] <= 1 and not math.isnan(row["share"])]:
+        yield f"share is no fraction of the step (got {bad[0]['share']:g}): {where(bad)}"
+    for step in steps:
+        for (stage, name), row in step.rows.items():
+            whole = step.ms(schema.STEP, schema.BASELINE if name == schema.TORCH else name)
+            if row["ms_median"] > 0 and abs(row["share"] * whole / row["ms_median"] - 1) > rules.trust_speedup_off:
+                true = row["ms_median"] / whole
+                yield f"share {row['share']:g} of {stage} is off the times beside it ({true:.4g}): {where([row])}"
+                return
+
+
+def _accounts(steps: list[Step], rules: Rules) -> Iterator[str]:
+    for step in steps:
+        at = f"at B={step.B:g}, context={step.context:g}"
+        if step.accounted > rules.trust_share_sum:
+            yield f"the stages take more than their step: {step.accounted:.3g} of it {at}"
+            break
+        if 1 - step.accounted > rules.trust_residual:
+            yield f"a large residual: no stage accounts for {1 - step.accounted:.1%} of the step {at}"
+            break
+    for step in steps:
+        if abs(step.speedup / step.expected - 1) > rules.trust_amdahl_off:
+            told = f"{step.speedup:.3g}x, share and selection make it {step.expected:.3g}x"
+            yield f"the step's speed-up does not follow ({told}) at B={step.B:g}, context={step.context:g}"
+            break
+    for batch in dict.fromkeys(step.B for step in steps):
+        if all(step.context <= rules.trust_dense_until for step in steps if step.B == batch):
+            yield f"dense contexts only at B={batch:g}: up to {rules.trust_dense_until:g} tokens nothing is sparse"
+
+
+def _patterns(rows: list[Row], rules: Rules) -> Iterator[str]:
+    for stage, name in dict.fromkeys((row["stage"], row["backend"]) for row in rows):
+        mine = [row for row in rows if (row["stage"], row["backend"]) == (stage, name)]
+        yield from checks.alike_faults(
+            mine, ("ms_median", "ms_p20", "ms_p80"), rules, lambda row: tuple(row[key] for key in STEP_KEYS)
+        )
+    whole = [row for row in rows if row["stage"] == schema.STEP]
+    for key, other in (STEP_KEYS, STEP_KEYS[::-1]):
+        same, size = (lambda row, key=key: (row["backend"], row[key])), (lambda row, other=other: row[other])
+        yield from checks.fall_faults(whole, same, size, rules)
+
+
+def _beside(table: Table, steps: list[Step]) -> Iterator[str]:
+    """What the JSON says of the steps: each was whole, and its medians lie in their intervals."""
+    if not table.facts:
+        return
+    if left := inner(table.facts, "environment").get("leave_out"):
+        yield f"stages were left out: {left}"
+    facts: dict[tuple[Any, Any], dict[str, Any]] = {
+        (number(one.get("B")), number(one.get("context"))): one for one in entries(table.facts, "steps")
+    }
+    for step in steps:
+        intervals = inner(facts.get((step.B, step.context), {}), "ms_median_ci95")
+        for (stage, name), row in step.rows.items():
+            if row["ran"] == name and (fault := checks.interval_fault(row, intervals.get(f"{stage} {name}"))):
+                yield f"{fault}: {where([row])}"
+                return
+    if lost := [key for key in facts if key not in {(step.B, step.context) for step in steps}]:
+        yield f"a step was measured and has no rows: B={lost[0][0]:g}, context={lost[0][1]:g}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,14 @@ import pandas as pd
 
 from nsa_sel.measure import schema
 from nsa_sel.measure.files import FileError, read_json, write_atomically
-from nsa_sel.measure.judge.gate import judge
+from nsa_sel.measure.judge.gate import Judgement, judge
 from nsa_sel.measure.judge.rules import Rules, load_rules
-from nsa_sel.measure.judge.tables import Table, read_bench, read_decode
-from nsa_sel.measure.judge.threshold import markdown_table
-from nsa_sel.measure.judge.trust import judged
+from nsa_sel.measure.judge.tables import Table, entries, inner, number, read_bench, read_decode
+from nsa_sel.measure.judge.trust import case_of, judged
+from nsa_sel.measure.judge.trust_decode import Step
 from nsa_sel.measure.report import pictures
-from nsa_sel.measure.report.record import environment_of
+from nsa_sel.measure.report.markdown import plain, table_lines
+from nsa_sel.measure.report.record import environment_lines, environment_of, gate_table, step_table
 
 NOTHING = f"{schema.NOT_MEASURED}: the data holds nothing to draw here."
 
@@ -28,98 +31,85 @@ def write_report(folder: Path, rules: Rules | None = None) -> Path:
     """
     rules = rules or load_rules()
     bench, decode = read_bench(folder / "bench.csv"), read_decode(folder / "decode.csv")
-    if bench.frame is None and decode.frame is None:
+    if not bench.readable and not decode.readable:
         raise ValueError(
             f"report: expected a bench.csv or a decode.csv in {folder}, got {'; '.join(bench.faults + decode.faults)}"
         )
     measured, steps = _measured(bench), _steps(decode)
+    judgement = judge(folder / "bench.csv", folder / "decode.csv", rules)
     drawn = {
         "speedup": pictures.draw_speedup(measured, rules, folder / "speedup.png"),
         "bandwidth": pictures.draw_bandwidth(measured, folder / "bandwidth.png"),
         "share": pictures.draw_share(steps, rules, folder / "share.png"),
-        "roofline": pictures.draw_roofline(measured, folder / "roofline.png"),
     }
     for name, path in drawn.items():
         if path is None:  # a picture of an earlier report must not stand beside this one
             (folder / f"{name}.png").unlink(missing_ok=True)
     lines = [
-        *_head(folder, rules),
+        *_head(folder, judgement),
         *_speedups(measured, drawn),
         *_bandwidth(measured, drawn),
-        *_shares(folder, steps, drawn),
+        *_shares(folder, steps, drawn, judgement.steps),
     ]
-    lines += [*_roofline(drawn), *_gaps(folder, bench, decode)]
+    lines += _gaps(folder, bench, decode)
     write_atomically(folder / "report.md", "\n".join(lines) + "\n")
     return folder / "report.md"
 
 
 def _measured(table: Table) -> pd.DataFrame:
     """Return the rows to show: those that ran as named, in the mode that decides; the gate says what they are worth."""
-    if table.frame is None:
-        return pd.DataFrame(columns=[*schema.BENCH_COLUMNS, "line"])
-    rows = judged(table.frame)
-    return rows[(rows["ran"] == rows["backend"]) & (rows["ms_median"] > 0)]
+    shown = [row for row in judged(table.rows) if row["ran"] == row["backend"] and row["ms_median"] > 0]
+    base: dict[Any, float] = {}
+    for row in shown:
+        if row["backend"] in schema.BASELINES:
+            base[case_of(row)] = min(base.get(case_of(row), math.inf), row["ms_median"])
+    for row in shown:
+        row["roi"] = base.get(case_of(row), math.nan) / row["ms_median"]
+    return pd.DataFrame(shown, columns=[*schema.BENCH_COLUMNS, "line", "roi"])
 
 
 def _steps(table: Table) -> pd.DataFrame:
-    if table.frame is None:
-        return pd.DataFrame(columns=[*schema.DECODE_COLUMNS, "line"])
-    return table.frame[(table.frame["ran"] == table.frame["backend"]) & table.frame["share"].between(0, 1)]
+    shown = [row for row in table.rows if row["ran"] == row["backend"] and 0 <= row["share"] <= 1]
+    shown = [row for row in shown if row["stage"] != schema.STEP and row["backend"] in (schema.TORCH, schema.BASELINE)]
+    return pd.DataFrame(shown, columns=[*schema.DECODE_COLUMNS, "line"])
 
 
-def _head(folder: Path, rules: Rules) -> list[str]:
-    judgement = judge(folder / "bench.csv", folder / "decode.csv", rules)
-    table = pd.DataFrame(
-        [
-            {
-                "gate": name,
-                "verdict": gate.verdict,
-                "value": "" if gate.value is None else f"{gate.value:.4g}",
-                "why": gate.reason,
-            }
-            for name, gate in judgement.gates.items()
-        ]
-    )
+def _head(folder: Path, judgement: Judgement) -> list[str]:
     environment = environment_of(str(folder / "bench.csv")) or environment_of(str(folder / "decode.csv"))
-    facts = [
-        f"- {key}: {value}"
-        for key, value in environment.items()
-        if isinstance(value, (str, int, float, bool)) and value != ""
-    ]
+    facts = environment_lines(environment)
     return [
-        f"# Measurements on {judgement.device or 'no single device'} (SM {judgement.sm or 'unknown'})",
+        f"# Measurements on {plain(judgement.device) or 'no single device'} (SM {plain(judgement.sm) or 'unknown'})",
         "",
         f"Decision for `{judgement.backend}`: **{judgement.verdict}**"
         + (f", from L = {judgement.min_l} on." if judgement.verdict == schema.PASS else "."),
         "",
-        *markdown_table(table),
+        *gate_table(judgement),
         "",
-        *(f"- {remark}" for remark in judgement.remarks),
+        *(f"- {plain(remark)}" for remark in judgement.remarks),
         "",
         "## Environment",
         "",
-        *(facts or ["Unknown: no environment JSON lies beside the data."]),
-        "",
+        *(facts or ["Unknown: no environment JSON lies beside the data.", ""]),
     ]
 
 
 def _speedups(rows: pd.DataFrame, drawn: dict[str, Path | None]) -> list[str]:
     lines = [
-        "## Speed-up over packed SDPA, by L and distribution",
+        "## Speed-up over the faster baseline, by L and distribution",
         "",
         *_picture(drawn, "speedup", "speed-up over L by distribution"),
     ]
-    rows = rows[rows["speedup"].notna() & (rows["backend"] != schema.BASELINE)]
+    rows = rows[rows["roi"].notna() & ~rows["backend"].isin(schema.BASELINES)]
     if rows.empty:
         return lines
     lines += [
         "Lines are medians over the shapes, bands reach from the slowest to the fastest. Each cell: median (slowest).",
         "",
     ]
-    groups = rows.groupby(["backend", "dist", "L"])["speedup"].agg(["median", "min"])
+    groups = rows.groupby(["backend", "dist", "L"])["roi"].agg(["median", "min"])
     cells = groups.apply(lambda row: f"{row['median']:.2f}x ({row['min']:.2f}x)", axis=1).unstack("L").fillna("")
     cells = cells.rename(columns=lambda length: f"L = {length:g}").reset_index()
-    return [*lines, *markdown_table(cells.astype(str)), ""]
+    return [*lines, *_frame_lines(cells.astype(str)), ""]
 
 
 def _bandwidth(rows: pd.DataFrame, drawn: dict[str, Path | None]) -> list[str]:
@@ -146,10 +136,10 @@ def _bandwidth(rows: pd.DataFrame, drawn: dict[str, Path | None]) -> list[str]:
             .to_numpy(),
         }
     )
-    return [*lines, *markdown_table(table), ""]
+    return [*lines, *_frame_lines(table), ""]
 
 
-def _shares(folder: Path, rows: pd.DataFrame, drawn: dict[str, Path | None]) -> list[str]:
+def _shares(folder: Path, rows: pd.DataFrame, drawn: dict[str, Path | None], steps: list[Step]) -> list[str]:
     lines = ["## Where a decode step's time goes", "", *_picture(drawn, "share", "share of the decode step by context")]
     if rows.empty:
         return lines
@@ -164,35 +154,29 @@ def _shares(folder: Path, rows: pd.DataFrame, drawn: dict[str, Path | None]) -> 
         shares.map(lambda value: "" if pd.isna(value) else f"{value:.1%}").assign(**{"select ran": ran}).reset_index()
     )
     text["B"], text["context"] = text["B"].map("{:g}".format), text["context"].map("{:g}".format)
-    lines += [*markdown_table(text.fillna("")), ""]
-    for step in _json(folder / "decode.json").get("steps", []):
-        read, paper = step["tokens_read_per_group"]["all"], step["tokens_by_the_paper"]
-        dense = "" if step["sparse"] else "; nothing is sparse yet"
+    lines += [*_frame_lines(text.fillna("")), ""]
+    if steps:
+        lines += ["With the kernel in place of packed SDPA:", "", *step_table(steps), ""]
+    for step in entries(_json(folder / "decode.json"), "steps"):
+        read, paper = number(inner(step, "tokens_read_per_group").get("all")), number(step.get("tokens_by_the_paper"))
+        dense = "" if step.get("sparse") else "; nothing is sparse yet"
         lines.append(
-            f"- B = {step['B']}, context {step['context']:,}: {read:,.0f} tokens read per group "
-            f"(paper: {paper:,}){dense}"
+            f"- B = {plain(step.get('B'))}, context {plain(step.get('context'))}: {read:,.0f} tokens read per group "
+            f"(paper: {paper:,.0f}){dense}"
         )
     return [*lines, ""]
 
 
-def _roofline(drawn: dict[str, Path | None]) -> list[str]:
-    lines = ["## Roofline", "", *_picture(drawn, "roofline", "roofline")]
-    return (
-        lines if drawn["roofline"] is None else [*lines, "The compute roof was not measured, so it is not drawn.", ""]
-    )
-
-
 def _gaps(folder: Path, bench: Table, decode: Table) -> list[str]:
     lines = ["## Not measured", ""]
-    found = [f"- {fault}" for fault in bench.faults + decode.faults]
-    if bench.frame is not None:
-        missing = bench.frame[bench.frame["ran"] != bench.frame["backend"]]
-        for (backend, mode), group in missing.groupby(["backend", "mode"]):
-            found.append(f"- `{backend}` ({mode}): {len(group)} rows did not run as named")
+    found = [f"- {plain(fault)}" for fault in bench.faults + decode.faults]
+    missing = Counter((row["backend"], row["mode"]) for row in bench.rows if row["ran"] != row["backend"])
+    found += [f"- `{plain(b)}` ({plain(m)}): {count} rows did not run as named" for (b, m), count in missing.items()]
     data = _json(folder / "bench.json")
-    found += [f"- workload {name}: {reason}" for name, reason in _table(data, "skipped").items()]
+    found += [f"- workload {plain(name)}: {plain(reason)}" for name, reason in inner(data, "skipped").items()]
     found += [
-        f"- peer {name}: {reason}" for name, reason in _table(_table(data, "environment"), "peers_absent").items()
+        f"- peer {plain(name)}: {plain(reason)}"
+        for name, reason in inner(inner(data, "environment"), "peers_absent").items()
     ]
     return [*lines, *(found or ["Everything that was asked for ran."])]
 
@@ -202,9 +186,8 @@ def _picture(drawn: dict[str, Path | None], name: str, text: str) -> list[str]:
     return [NOTHING, ""] if path is None else [f"![{text}]({path.name})", ""]
 
 
-def _table(data: dict[str, Any], name: str) -> dict[str, Any]:
-    found = data.get(name)
-    return found if isinstance(found, dict) else {}
+def _frame_lines(frame: pd.DataFrame) -> list[str]:
+    return table_lines(list(frame.columns), [[plain(cell) for cell in row] for row in frame.to_numpy()])
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from nsa_sel.measure import schema
@@ -20,6 +21,7 @@ from nsa_sel.measure.judge.rules import Rules
 STYLES = {
     "cuda": ("#0b5394", "o"),
     "sdpa": ("#444444", "s"),
+    "sdpa_prepared": ("#76a5af", "p"),
     "sdpa_gathered": ("#a0a0a0", "^"),
     "triton": ("#e69138", "D"),
     "flashinfer": ("#6aa84f", "v"),
@@ -34,8 +36,8 @@ RESIDUAL = "#dddddd"
 
 
 def draw_speedup(rows: pd.DataFrame, rules: Rules, path: Path) -> Path | None:
-    """Draw the speed-up over packed SDPA against L, one panel for each distribution."""
-    rows = rows[rows["speedup"].notna() & (rows["backend"] != schema.BASELINE)]
+    """Draw the speed-up over the faster baseline against L, one panel for each distribution."""
+    rows = rows[rows["roi"].notna() & ~rows["backend"].isin(schema.BASELINES)]
     if rows.empty:
         return None
     dists = [dist for dist in (*schema.DISTRIBUTIONS, "blocks") if dist in set(rows["dist"])]
@@ -44,7 +46,7 @@ def draw_speedup(rows: pd.DataFrame, rules: Rules, path: Path) -> Path | None:
     for axis, dist in zip(axes, dists, strict=True):
         mine = rows[rows["dist"] == dist]
         for backend, group in mine.groupby("backend"):
-            by_length = group.groupby("L")["speedup"]
+            by_length = group.groupby("L")["roi"]
             colour, marker = STYLES.get(str(backend), ("#000000", "."))
             lengths = sorted(by_length.groups)
             axis.plot(
@@ -56,7 +58,7 @@ def draw_speedup(rows: pd.DataFrame, rules: Rules, path: Path) -> Path | None:
         axis.set(title=dist, xscale="log", yscale="log", xlabel="L, tokens a row selects")
         _plain_ticks(axis, sorted(set(mine["L"])))
         axis.grid(True, alpha=0.3)
-    axes[0].set_ylabel("speed-up over packed SDPA")
+    axes[0].set_ylabel("speed-up over the faster baseline")
     axes[0].annotate(
         f"asked: {rules.roi_margin:g}x",
         (0.02, rules.roi_margin),
@@ -65,6 +67,7 @@ def draw_speedup(rows: pd.DataFrame, rules: Rules, path: Path) -> Path | None:
         va="bottom",
     )
     _legend(figure, axes)
+    figure.suptitle(_of(rows))
     return _save(figure, path)
 
 
@@ -98,41 +101,7 @@ def draw_bandwidth(rows: pd.DataFrame, path: Path) -> Path | None:
     axis.set(xscale="log", yscale="log", xlabel="MB moved by one call", ylabel="GB/s")
     for side in (axis.xaxis, axis.yaxis):
         _decades(side)
-    axis.set_title("bandwidth against the ceiling")
-    axis.grid(True, alpha=0.3)
-    _legend(figure, [axis])
-    return _save(figure, path)
-
-
-def draw_roofline(rows: pd.DataFrame, path: Path) -> Path | None:
-    """Draw TFLOP/s against flop per byte under the roof of the measured bandwidth; no compute roof was measured."""
-    rows = rows[rows["ms_median"].notna() & rows["ceiling_gbps"].notna()]
-    if rows.empty:
-        return None
-    figure, (axis,) = _panels(1)
-    flops = 2 * rows["rows"] * rows["h"] * rows["L"] * (rows["Dk"] + rows["Dv"])
-    intensity, rate = flops / rows["bytes"], flops / rows["ms_median"] / 1e9
-    roof = rows["ceiling_gbps"].max()
-    low, high = intensity.min() / 1.5, intensity.max() * 1.5
-    axis.plot(
-        [low, high],
-        [low * roof / 1e3, high * roof / 1e3],
-        color="#cc0000",
-        label=f"memory: {roof:.4g} GB/s, the best read measured",
-    )
-    for backend, index in rows.groupby("backend").groups.items():
-        colour, marker = STYLES.get(str(backend), ("#000000", "."))
-        axis.scatter(
-            intensity[index], rate[index], s=22, color=colour, marker=marker, alpha=0.75, label=_label(str(backend))
-        )
-    axis.set(xscale="log", yscale="log", xlabel="flop per byte moved", ylabel="TFLOP/s", xlim=(low, high))
-    axis.xaxis.set_major_locator(
-        FixedLocator([tick for tick in (0.25, 0.5, 1, 2, 3, 4, 6, 8, 16, 32, 64) if low <= tick <= high])
-    )
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    _decades(axis.yaxis)
-    axis.set_title("roofline")
+    axis.set_title(f"bandwidth against the ceiling\n{_of(rows)}")
     axis.grid(True, alpha=0.3)
     _legend(figure, [axis])
     return _save(figure, path)
@@ -168,7 +137,8 @@ def draw_share(rows: pd.DataFrame, rules: Rules, path: Path) -> Path | None:
         axis.set(title=f"B = {batch:g}", xlabel="context, tokens", ylim=(0, max(1.05, bottom.max() * 1.05)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0%}"))
     axes[0].set_ylabel("share of one decode step")
-    _legend(figure, axes)
+    figure.suptitle(f"{_of(rows)}, selection on packed SDPA")
+    _legend(figure, axes, bars=True)
     return _save(figure, path)
 
 
@@ -180,7 +150,11 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
 
 
 def _label(backend: str) -> str:
-    return {"sdpa": "sdpa (packed, with its gather)", "sdpa_gathered": "sdpa_gathered (a bound)"}.get(backend, backend)
+    return {
+        "sdpa": "sdpa (packed, with its gather)",
+        "sdpa_prepared": "sdpa_prepared (ready index, gather, SDPA)",
+        "sdpa_gathered": "sdpa_gathered (a bound)",
+    }.get(backend, backend)
 
 
 def _plain_ticks(axis: Axes, lengths: list[float]) -> None:
@@ -202,12 +176,21 @@ def _decades(side: Axis) -> None:
     side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _legend(figure: Figure, axes: list[Axes]) -> None:
+def _of(rows: pd.DataFrame) -> str:
+    """Say on what, in which dtype and mode the rows were measured; the text of a file is no markup."""
+    parts = [", ".join(sorted(set(rows[name]))) for name in ("device", "dtype", "mode") if name in rows.columns]
+    return ", ".join(part.replace("$", r"\$") for part in parts)
+
+
+def _legend(figure: Figure, axes: list[Axes], bars: bool = False) -> None:
     entries: dict[str, Artist] = {}
     for axis in axes:
         handles, labels = axis.get_legend_handles_labels()
         for handle, label in zip(handles, labels, strict=True):
             entries.setdefault(label, handle)
+    if bars:  # from the top of the bars to their bottom, and what is no bar behind them
+        lines = [label for label, handle in entries.items() if isinstance(handle, Line2D)]
+        entries = {label: entries[label] for label in [*[x for x in reversed(entries) if x not in lines], *lines]}
     figure.legend(
         list(entries.values()), list(entries), loc="outside lower center", ncols=min(2 * len(axes), 5), frameon=False
     )

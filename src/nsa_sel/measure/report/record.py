@@ -6,13 +6,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
-
 from nsa_sel import policy
 from nsa_sel.measure import schema
 from nsa_sel.measure.files import FileError, read_json, write_atomically
 from nsa_sel.measure.judge.gate import Gate, Judgement
-from nsa_sel.measure.judge.threshold import markdown_table
+from nsa_sel.measure.judge.trust_decode import Step
+from nsa_sel.measure.report.markdown import plain, table_lines
 
 _SHOWN_ROWS = 12
 _SHOWN_COLUMNS = (
@@ -28,7 +27,8 @@ _SHOWN_COLUMNS = (
     "stage",
     "mode",
     "ms_median",
-    "speedup",
+    "roi",
+    "roi_low",
     "share",
     "mae",
 )
@@ -61,19 +61,19 @@ def environment_of(bench: str) -> dict[str, Any]:
 
 def decision_record(judgement: Judgement, environment: dict[str, Any] | None = None) -> str:
     """Return the decision record in Markdown: context, findings, decision, consequences, how to re-measure."""
-    device = judgement.device or "no device"
+    device = plain(judgement.device) or "no device"
     lines = [
-        f"# {device} (SM {judgement.sm or 'unknown'}), backend `{judgement.backend}`: {judgement.verdict}",
+        f"# {device} (SM {plain(judgement.sm) or 'unknown'}), backend `{judgement.backend}`: {judgement.verdict}",
         "",
         "## Context",
         "",
         f"A GPU gets the `{judgement.backend}` kernel by default only where the selection takes at least "
-        f"{judgement.rules.share_min:.0%} of a decode step, "
-        f"the kernel is at least {judgement.rules.roi_margin:g}x packed SDPA, and "
+        f"{judgement.rules.share_min:.0%} of a decode step on packed SDPA, "
+        f"the kernel is at least {judgement.rules.roi_margin:g}x the faster baseline, and "
         f"its MAE against the fp64 oracle is at most {judgement.rules.stability_max_mae:g}. Judged from "
         f"`{judgement.sources['bench']}` and `{judgement.sources['decode']}` alone.",
         "",
-        *_environment_lines(environment or {}),
+        *environment_lines(environment or {}),
         "## Findings",
         "",
         *_findings(judgement),
@@ -127,46 +127,57 @@ def write_policy(judgement: Judgement, path: Path) -> policy.Policy | None:
     return after
 
 
-def _findings(judgement: Judgement) -> list[str]:
-    table = pd.DataFrame(
+def gate_table(judgement: Judgement) -> list[str]:
+    """Return the Markdown table of the gates."""
+    return table_lines(
+        ("gate", "verdict", "value", "why"),
         [
-            {
-                "gate": name,
-                "verdict": gate.verdict,
-                "value": "" if gate.value is None else f"{gate.value:.4g}",
-                "why": gate.reason,
-            }
+            (name, gate.verdict, "" if gate.value is None else f"{gate.value:.4g}", plain(gate.reason))
             for name, gate in judgement.gates.items()
-        ]
+        ],
     )
-    lines = [*markdown_table(table), ""]
+
+
+def _findings(judgement: Judgement) -> list[str]:
+    lines = [*gate_table(judgement), ""]
     for name, gate in judgement.gates.items():
         lines += _deciding_rows(name, gate)
+    if judgement.steps:
+        lines += ["The whole step, with packed SDPA and with the kernel:", "", *step_table(judgement.steps), ""]
     if judgement.remarks:
-        lines += ["Odd, but deciding nothing:", "", *(f"- {remark}" for remark in judgement.remarks), ""]
+        lines += ["Odd, but deciding nothing:", "", *(f"- {plain(remark)}" for remark in judgement.remarks), ""]
     return lines
 
 
+def step_table(steps: list[Step]) -> list[str]:
+    """Return the Markdown table of the steps: share, the selection's speed-up, the whole step's beside Amdahl's."""
+    rows = [
+        (f"{s.B:g}", f"{s.context:g}", f"{s.share:.1%}", *(f"{x:.2f}x" for x in (s.selection, s.speedup, s.expected)))
+        for s in steps
+    ]
+    return table_lines(("B", "context", "share s", "selection x", "whole step", "1 / (1 - s + s / x)"), rows)
+
+
 def _deciding_rows(name: str, gate: Gate) -> list[str]:
-    if gate.rows.empty:
+    if not gate.rows:
         return []
-    columns = [column for column in _SHOWN_COLUMNS if column in gate.rows.columns]
-    shown = gate.rows.sort_values("speedup" if name == "roi" else "line").head(_SHOWN_ROWS)[columns]
-    text = shown.map(lambda cell: f"{cell:.4g}" if isinstance(cell, float) else str(cell))
+    columns = [column for column in _SHOWN_COLUMNS if column in gate.rows[0]]
+    shown = sorted(gate.rows, key=lambda row: row["roi_low" if name == "roi" else "line"])[:_SHOWN_ROWS]
+    text = [[f"{row[c]:.4g}" if isinstance(row[c], float) else plain(row[c]) for c in columns] for row in shown]
     more = len(gate.rows) - len(shown)
     return [
         f"Rows that decided `{name}`" + (f" ({len(shown)} of {len(gate.rows)})" if more > 0 else "") + ":",
         "",
-        *markdown_table(text),
+        *table_lines(columns, text),
         "",
     ]
 
 
-def _environment_lines(environment: dict[str, Any]) -> list[str]:
+def environment_lines(environment: dict[str, Any]) -> list[str]:
     shown = [
         (key, value) for key, value in environment.items() if isinstance(value, (str, int, float, bool)) and value != ""
     ]
-    return [*(f"- {key}: {value}" for key, value in shown), ""] if shown else []
+    return [*(f"- {plain(key)}: {plain(value)}" for key, value in shown), ""] if shown else []
 
 
 def _consequences(judgement: Judgement) -> list[str]:
