@@ -90,9 +90,7 @@ def refresh_routing() -> None:
 def _read_policy() -> policies.Policy | None:
     global _policy, _policy_read
     if not _policy_read:
-        named, users = switches.current().policy, policies.user_path()
-        # a file that was named must be there, the user's own need not
-        wanted = named or (users if users.exists() else None)
+        wanted = policies.find(switches.current().policy)
         _policy = None if wanted is None else policies.load(wanted)
         _policy_read = True
     return _policy
