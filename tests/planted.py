@@ -43,15 +43,8 @@ def honest(
 
 def workloads() -> list[Workload]:
     """Return spans of every distribution at several lengths and sizes, and a model's blocks, plain and paged."""
-    spans = {
-        "dist": list(schema.DISTRIBUTIONS),
-        "dtype": "bf16",
-        "rows": [64, 256],
-        "G": 2,
-        "h": 4,
-        "Dk": 128,
-        "Dv": 128,
-    }
+    spans = {"dist": list(schema.DISTRIBUTIONS), "dtype": "bf16", "rows": [64, 256], "G": 2, "h": 4}
+    spans |= {"Dk": 128, "Dv": 128, "L": list(LENGTHS), "S_kv": 4096}
     blocks = {"dist": "blocks", "dtype": "bf16", "B": [1, 16], "G": 4, "h": 16, "Dk": 192, "Dv": 128, "n": 16}
     blocks |= {"block_size": 64, "S_kv": 16384}
     return [

@@ -21,7 +21,7 @@ from nsa_sel.measure import schema
 from nsa_sel.measure.files import read_csv, read_json, write_atomically, write_results
 from nsa_sel.measure.judge import gate, threshold
 from nsa_sel.measure.judge.rules import load_rules
-from nsa_sel.measure.report import page, record
+from nsa_sel.measure.report import record
 from nsa_sel.measure.run.bench import NOT_STARTED
 from nsa_sel.measure.run.race import ContextLostError, Settings
 from nsa_sel.measure.run.session import BenchSession, DecodeSession, device_of
@@ -139,6 +139,10 @@ def judge(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     """The page and its pictures."""
+    try:
+        from nsa_sel.measure.report import page
+    except ModuleNotFoundError as error:
+        finish(False, True, f"no report: {error.name} is not installed")
     finish(False, options.dry, page.write_report(options.out).name)
 
 

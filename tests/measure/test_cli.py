@@ -168,9 +168,12 @@ def test_decode_writes_its_columns_and_stages(measured: Path) -> None:
     lines = (measured / "decode.csv").read_text().splitlines()
     assert lines[0] == "B,context,stage,ms_median,ms_p20,ms_p80,share,backend,ran,device,sm,commit"
     rows = table(measured / "decode.csv")
-    assert [(row["context"], row["stage"]) for row in rows] == [(c, s) for c in ("1024", "2048") for s in schema.STAGES]
+    assert [(row["context"], row["stage"]) for row in rows] == [
+        (c, s) for c in ("1024", "2048") for s in (*schema.STAGES, schema.STEP)
+    ]
     assert {row["ran"] for row in rows if row["stage"] == "select"} == {"sdpa"}
-    assert all(0 < float(row["share"]) < 1 for row in rows)
+    assert all(0 < float(row["share"]) <= 1 for row in rows)
+    assert json.loads((measured / "decode.json").read_text())["finished"] == {"rows": 12}
     steps = json.loads((measured / "decode.json").read_text())["steps"]
     assert [step["sparse"] for step in steps] == [False, True]
 
@@ -298,4 +301,4 @@ def test_report_of_what_a_cpu_measured(measured: Path) -> None:
     run("report", measured)
     page = (measured / "report.md").read_text()
     assert "**NOT MEASURED**" in page
-    assert {path.stem for path in measured.glob("*.png")} == {"speedup", "bandwidth", "share", "roofline"}
+    assert {path.stem for path in measured.glob("*.png")} == {"speedup", "bandwidth", "share"}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nsa_sel
 from nsa_sel.backends import sdpa
 from nsa_sel.measure.run.clock import quantiles
-from nsa_sel.measure.run.decode import StepTimes, context_tokens, facts_of, rows_of, time_step
+from nsa_sel.measure.run.decode import StepTimes, context_tokens, facts_of, rows_of, time_step, time_steps
 from nsa_sel.measure.run.decode_step import DecodeStep, Shape
 from nsa_sel.measure.schema import DECODE_COLUMNS, STAGES
 
@@ -48,14 +50,16 @@ def test_what_ran_is_proven_and_a_stage_left_out_did_not_run() -> None:
     times = time_step(step, "eager", CPU, iters=2, warmup=0)
     assert times.ran == "sdpa"
     assert sum(nsa_sel.stats()["sdpa"].values()) == step.select_calls > 4
-    rows = rows_of(step, times, CPU)
-    assert [row["stage"] for row in rows] == list(STAGES)
+    rows = rows_of([step], [times], CPU)
+    assert [row["stage"] for row in rows] == [*STAGES, "step"]
     assert all(tuple(row) == DECODE_COLUMNS for row in rows)
     assert {(row["backend"], row["ran"]) for row in rows if row["stage"] == "select"} == {("sdpa", "sdpa")}
-    assert {(row["backend"], row["ran"]) for row in rows if row["stage"] != "select"} == {("torch", "torch")}
+    assert {(row["backend"], row["ran"]) for row in rows if row["stage"] not in ("select", "step")} == {
+        ("torch", "torch")
+    }
     left = DecodeStep(1, 1024, "sdpa", CPU, leave_out=("select", "gate"))
-    ran = {row["stage"]: row["ran"] for row in rows_of(left, time_step(left, "eager", CPU, 1, 0), CPU)}
-    assert ran == {"compress": "torch", "score": "torch", "select": "", "window": "torch", "gate": ""}
+    ran = {row["stage"]: row["ran"] for row in rows_of([left], [time_step(left, "eager", CPU, 1, 0)], CPU)}
+    assert ran == {"compress": "torch", "score": "torch", "select": "", "window": "torch", "gate": "", "step": ""}
 
 
 def test_a_backend_that_cannot_run_raises_instead_of_falling_back() -> None:
@@ -91,7 +95,7 @@ def test_tokens_read_are_those_of_the_paper() -> None:
     counted = step.k_cmp.shape[2] + step.selected_tokens() / 4 + step.k_win.shape[2]
     assert context_tokens(8192) == 2048  # table 4
     assert counted == 2048 - 1  # the last compressed token of 8,192 / 16 would reach beyond the context
-    facts = facts_of(step, StepTimes({stage: [1.0] for stage in STAGES}, [5.0], "sdpa"))
+    facts = facts_of([step], [StepTimes({stage: [1.0] for stage in STAGES}, [5.0], "sdpa")])
     assert facts["tokens_read_per_group"]["all"] == counted
     assert facts["tokens_by_the_paper"] == 2048
 
@@ -142,9 +146,9 @@ def test_output_is_the_gated_sum_of_three_attentions() -> None:
 def test_step_appends_this_steps_token_to_every_branch() -> None:
     step = DecodeStep(1, 1024, "sdpa", CPU)
     step.run()
-    for branch, cache in enumerate((step.k_raw, step.k_sel, step.k_win)):
-        assert torch.equal(cache[:, :, -1], step.new_k[:, :, branch])
-    expected = (step.k_raw + step.k_position).float().mean(dim=2)
+    for branch, cache in enumerate((step.raw, step.sel, step.win)):
+        assert torch.equal(cache[:, :, -1], step.new[:, :, branch])
+    expected = (step.k_raw + step.position[:, :192]).float().mean(dim=2)
     assert torch.allclose(step.k_cmp[:, :, -1].float(), expected, atol=0.02)
 
 
@@ -153,3 +157,45 @@ def test_short_and_odd_contexts(context: int) -> None:
     step = DecodeStep(2, context, "sdpa", CPU)
     assert torch.isfinite(step.run().float()).all()
     assert step.selected_tokens() == 2 * 4 * min(context, 1024 - (-context % 64 if context > 1024 else 0))
+
+
+def test_share_is_measured_before_the_kernel_and_the_step_with_it_in_the_same_run() -> None:
+    """A stand-in for a kernel: the selection under another name that takes no time."""
+    step = DecodeStep(1, 2048, "sdpa", CPU)
+    fast = step.with_backend("sdpa")
+    fast.backend, fast._select = "cuda", lambda: None  # type: ignore[method-assign]
+    times, _ = time_steps([step, fast], "eager", CPU, iters=3, warmup=1)
+    rows = rows_of([step, fast], times, CPU)
+    found = [(row["stage"], row["backend"]) for row in rows]
+    assert found == [*((s, "sdpa" if s == "select" else "torch") for s in STAGES), ("step", "sdpa"), ("select", "cuda"),
+                     ("step", "cuda")]  # fmt: skip
+    assert [row["ran"] for row in rows[-2:]] == ["", ""]  # nothing was counted for it
+    ms = {key: float(row["ms_median"]) for key, row in zip(found, rows, strict=True)}
+    assert float(rows[2]["share"]) == pytest.approx(ms["select", "sdpa"] / ms["step", "sdpa"], rel=1e-5)
+    assert ms["step", "cuda"] < ms["step", "sdpa"]
+    facts = facts_of([step, fast], times)["speedup of cuda"]
+    assert set(facts) == {"select", "step", "expected"}
+    assert facts["step"] == pytest.approx(ms["step", "sdpa"] / ms["step", "cuda"], rel=1e-5)
+
+
+def test_stages_are_a_handful_of_operators() -> None:
+    """The selection's share must not shrink because the other stages are written badly."""
+    step = DecodeStep(1, 4096, "sdpa", CPU)
+    limits = {"_append": 3, "_compress": 8, "_score": 5, "_window": 1, "_gate": 4}
+    views = ("view", "slice", "select", "transpose", "expand", "as_strided", "detach", "split", "squeeze", "alias",
+             "t.", "permute", "empty")  # fmt: skip
+
+    class Count(TorchDispatchMode):
+        seen: list[str]
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if not any(part in str(function) for part in views):
+                self.seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    for name, limit in limits.items():
+        mode = Count()
+        mode.seen = []
+        with mode:
+            getattr(step, name)()
+        assert len(mode.seen) <= limit, mode.seen

@@ -38,6 +38,8 @@ def test_stages_and_default_rules_are_those_of_the_code() -> None:
     assert "at most 1e-3" in gates
     assert rules.stability_max_mae == 1e-3
     assert f"more than {rules.trust_share_sum:g} of their step" in gates
+    assert f"residual above {rules.trust_residual:.0%}".replace("%", " %") in gates
+    assert f"more than {rules.trust_clock_drift:.0%} or".replace("%", " %") in gates
     assert f"{rules.trust_ceiling:g}x the measured ceiling" in gates
     assert f"fewer than {rules.trust_min_iters} samples" in gates
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -12,26 +11,36 @@ from nsa_sel.errors import PolicyError
 from nsa_sel.measure.files import write_atomically
 from nsa_sel.measure.judge.gate import Judgement, judge
 from nsa_sel.measure.judge.rules import load_rules
+from nsa_sel.measure.report.markdown import plain
 from nsa_sel.measure.report.record import decision_record, write_policy, write_record
-from tests.planted import DEVICE, LENGTHS, bench, cell, decode, write
+from tests.planted import honest
+
+DEVICE = "NVIDIA H100 80GB HBM3"
+
+
+def _judged(folder: Path, **honest_with: float) -> Judgement:
+    honest(folder, **honest_with)
+    return judge(folder / "bench.csv", folder / "decode.csv", load_rules())
 
 
 def _pass(folder: Path) -> Judgement:
-    return judge(*write(folder, bench({64: 1.0, 256: 2.0, 1024: 2.0})), load_rules())
+    return _judged(folder)
 
 
 def _fail(folder: Path) -> Judgement:
-    return judge(*write(folder, bench(dict.fromkeys(LENGTHS, 1.05))), load_rules())
+    return _judged(folder, speedup=1.05)
 
 
 def _not_measured(folder: Path) -> Judgement:
-    return judge(*write(folder, cell(bench(), "ran", "sdpa", backend="cuda")), load_rules())
+    honest(folder)
+    (folder / "decode.json").unlink()
+    return judge(folder / "bench.csv", folder / "decode.csv", load_rules())
 
 
 def test_a_pass_turns_the_kernel_on_from_its_threshold(tmp_path: Path) -> None:
     path = tmp_path / "sub" / "policy.json"
     assert write_policy(_pass(tmp_path), path) is not None
-    assert policy.load(path).rule(DEVICE, "cuda") == policy.Rule(enabled=True, min_l=256)
+    assert policy.load(path).rule(DEVICE, "cuda") == policy.Rule(enabled=True, min_l=64)
 
 
 def test_a_fail_turns_the_kernel_off(tmp_path: Path) -> None:
@@ -60,7 +69,7 @@ def test_other_devices_and_backends_keep_their_rules(tmp_path: Path) -> None:
     after = policy.load(path)
     assert after.rule("NVIDIA A100", "cuda") == policy.Rule(True, 64)
     assert after.rule(DEVICE, "triton") == policy.Rule(False, 7)
-    assert after.rule(DEVICE, "cuda") == policy.Rule(True, 256)
+    assert after.rule(DEVICE, "cuda") == policy.Rule(True, 64)
 
 
 def test_a_file_that_is_no_policy_is_not_overwritten(tmp_path: Path) -> None:
@@ -74,7 +83,6 @@ def test_a_file_that_is_no_policy_is_not_overwritten(tmp_path: Path) -> None:
 @pytest.mark.parametrize("make", [_pass, _fail, _not_measured])
 def test_record_has_its_parts_and_what_decided(tmp_path: Path, make) -> None:  # type: ignore[no-untyped-def]
     judgement = make(tmp_path)
-    (tmp_path / "bench.json").write_text(json.dumps({"environment": {"driver": "580.12", "tf32": False}}))
     path = write_record(judgement, tmp_path / "records")
     text = path.read_text()
     assert path.name == "decision-nvidia-h100-80gb-hbm3-cuda.md"
@@ -90,14 +98,14 @@ def test_record_has_its_parts_and_what_decided(tmp_path: Path, make) -> None:  #
     assert "- driver: 580.12" in text
     assert "FlashAttention and the other peers are measured beside the kernel and are never routed to" in text
     for gate in judgement.gates.values():
-        assert gate.reason in text
+        assert plain(gate.reason) in text
 
 
 def test_record_shows_the_rows_that_decided(tmp_path: Path) -> None:
-    text = decision_record(judge(*write(tmp_path, None, decode({1: (0.1, 0.2, 0.3)})), load_rules()))
-    assert "Rows that decided `share`" in text
-    assert "| 0.1 |" in text
-    assert "Rows that decided `roi` (9" not in text  # all nine are shown
+    text = decision_record(_judged(tmp_path, share=0.2))
+    assert "Rows that decided `share`:" in text
+    assert "| 0.2 |" in text
+    assert "Rows that decided `roi` (12 of 22):" in text
     assert "**FAIL.**" in text
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -69,7 +68,7 @@ def gate(
     backend: Backend = "cuda",
 ) -> None:
     """Judge measured data: share, roi, stability; exit 0 PASS, 1 FAIL, 2 NOT MEASURED."""
-    console = Console(stderr=as_json)
+    console = measure_run.wide_console(stderr=as_json)
     with measure_run.readable_errors():
         from nsa_sel import policy
         from nsa_sel.measure.judge.gate import judge
@@ -81,7 +80,9 @@ def gate(
         if as_json:
             typer.echo(json.dumps(judgement.to_json(), indent=2))
         else:
-            table = Table("gate", "verdict", "value", "why", title=f"{judgement.device or 'no device'}, {backend}")
+            table = Table(
+                "gate", "verdict", "value", "why", title=escape(f"{judgement.device or 'no device'}, {backend}")
+            )
             for name, one in judgement.gates.items():
                 value = "" if one.value is None else f"{one.value:.4g}"
                 table.add_row(name, f"[{COLOURS[one.verdict]}]{one.verdict}[/]", value, escape(one.reason))
@@ -95,7 +96,9 @@ def gate(
             path = policy.default_path() if str(write_policy) == "default" else write_policy
             if record.write_policy(judgement, path) is None:
                 console.print(
-                    f"no policy written to {path}: missing data turns nothing on and nothing off", soft_wrap=True
+                    f"no policy written to {path}: missing data turns nothing on and nothing off",
+                    markup=False,
+                    soft_wrap=True,
                 )
             else:
                 console.print(f"policy: {path}", markup=False, soft_wrap=True)

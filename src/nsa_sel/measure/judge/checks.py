@@ -10,7 +10,7 @@ from typing import Any
 
 from nsa_sel.measure.judge.gpus import known
 from nsa_sel.measure.judge.rules import Rules
-from nsa_sel.measure.judge.tables import Row, Table, entries, inner, number, where
+from nsa_sel.measure.judge.tables import Row, Table, entries, inner, name_of, number, where
 
 CLOCK_STEP_MS = 0.0005  # in which a GPU's events may count
 ROUNDING = 1e-5  # figures are written with seven digits
@@ -90,7 +90,7 @@ def interval_fault(row: Row, found: object) -> str:
 
 def clock_faults(table: Table, keys: tuple[str, ...], cases: Iterable[tuple[Any, ...]], rules: Rules) -> Iterator[str]:
     """Yield the cases whose clocks were not read, or drifted between before and after."""
-    read = {tuple(one.get(key) for key in keys): one for one in entries(table.facts, "clocks")}
+    read = {name_of(one, keys): one for one in entries(table.facts, "clocks")}
     unread, drifted = [], []
     for case in dict.fromkeys(cases):
         before, after = inner(read.get(case, {}), "before"), inner(read.get(case, {}), "after")

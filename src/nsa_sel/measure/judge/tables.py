@@ -73,6 +73,16 @@ def inner(facts: dict[str, Any], name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
+def name_of(one: dict[str, Any], keys: Iterable[str]) -> tuple[Any, ...]:
+    """Return what an object of a run's JSON is named by: text as it is, anything else as a number or as none."""
+    return tuple(one[key] if isinstance(one.get(key), str) else number(one.get(key)) for key in keys)
+
+
+def over(top: float, bottom: float) -> float:
+    """Return a quotient, NaN over zero."""
+    return top / bottom if bottom else NAN
+
+
 def where(rows: list[Row]) -> str:
     """Say in how many rows something is the case and describe the first of them."""
     first = rows[0]

@@ -15,7 +15,7 @@ from nsa_sel.measure import schema
 from nsa_sel.measure.judge import checks
 from nsa_sel.measure.judge.gpus import known
 from nsa_sel.measure.judge.rules import Rules
-from nsa_sel.measure.judge.tables import Row, Table, entries, inner, number, where
+from nsa_sel.measure.judge.tables import Row, Table, entries, inner, name_of, number, where
 
 SHAPE = ("dist", "dtype", *schema.BENCH_SHAPE)
 KEY = ("workload", "backend", "mode")
@@ -59,7 +59,7 @@ def key_of(row: Row) -> tuple[Any, ...]:
 def intervals_of(table: Table) -> dict[tuple[Any, ...], Any]:
     """Return the confidence intervals of a run by `key_of`; one that stands twice is none."""
     found = entries(table.facts, "intervals")
-    keys = [tuple(one.get(k) for k in KEY) for one in found]
+    keys = [name_of(one, KEY) for one in found]
     counts = Counter(keys)
     return {key: one.get("ms_median_ci95") for key, one in zip(keys, found, strict=True) if counts[key] == 1}
 
@@ -75,7 +75,7 @@ def bench_faults(table: Table, rules: Rules, backend: str) -> list[str]:
     # itself, so may the others. Only rows of other backends that say they did not run are left alone.
     claims = [row for row in rows if row["backend"] in named or row["ran"] or row["ms_median_text"]]
     ran = [row for row in claims if row["ran"] == row["backend"]]
-    calls = {tuple(one.get(k) for k in KEY): one.get("calls") for one in entries(table.facts, "intervals")}
+    calls = {name_of(one, KEY): one.get("calls") for one in entries(table.facts, "intervals")}
     for row in rows:
         row["calls"] = found if isinstance(found := calls.get(key_of(row)), int) and found > 0 else 1
     deciding = {id(row) for row in judged(decisive)}
@@ -299,7 +299,7 @@ def _beside(table: Table, ran: list[Row]) -> Iterator[str]:
 
 
 def _anchors(table: Table, ran: list[Row], rules: Rules) -> Iterator[str]:
-    found = {tuple(a.get(k) for k in KEY): a for a in entries(table.facts, "anchors")}
+    found = {name_of(a, KEY): a for a in entries(table.facts, "anchors")}
     base = {(row["workload"], row["mode"]): row["ms_median"] for row in ran if row["backend"] == schema.BASELINE}
     for row in ran:
         if row["backend"] in schema.HERE or not table.facts:

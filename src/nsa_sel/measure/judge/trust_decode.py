@@ -11,7 +11,7 @@ from typing import Any
 from nsa_sel.measure import schema
 from nsa_sel.measure.judge import checks
 from nsa_sel.measure.judge.rules import Rules
-from nsa_sel.measure.judge.tables import Row, Table, entries, inner, number, where
+from nsa_sel.measure.judge.tables import Row, Table, entries, inner, number, over, where
 
 STEP_KEYS = ("B", "context")
 
@@ -32,28 +32,28 @@ class Step:
     @property
     def share(self) -> float:
         """The selection's share of the step before any kernel, from the times."""
-        return self.ms("select", schema.BASELINE) / self.ms(schema.STEP, schema.BASELINE)
+        return over(self.ms("select", schema.BASELINE), self.ms(schema.STEP, schema.BASELINE))
 
     @property
     def selection(self) -> float:
         """How much faster the kernel is than packed SDPA at the selection of this step."""
-        return self.ms("select", schema.BASELINE) / self.ms("select", self.backend)
+        return over(self.ms("select", schema.BASELINE), self.ms("select", self.backend))
 
     @property
     def speedup(self) -> float:
         """How much faster the whole step is with the kernel."""
-        return self.ms(schema.STEP, schema.BASELINE) / self.ms(schema.STEP, self.backend)
+        return over(self.ms(schema.STEP, schema.BASELINE), self.ms(schema.STEP, self.backend))
 
     @property
     def expected(self) -> float:
         """What share and selection make of the whole step (Amdahl)."""
-        return 1 / (1 - self.share + self.share / self.selection)
+        return over(1.0, 1 - self.share + over(self.share, self.selection))
 
     @property
     def accounted(self) -> float:
         """What the stages make up of the step with packed SDPA."""
         stages = [self.ms(s, schema.BASELINE if s == "select" else schema.TORCH) for s in schema.STAGES]
-        return sum(stages) / self.ms(schema.STEP, schema.BASELINE)
+        return over(sum(stages), self.ms(schema.STEP, schema.BASELINE))
 
 
 def steps_of(table: Table, backend: str) -> list[Step]:
@@ -133,7 +133,7 @@ def _shares(claims: list[Row], steps: list[Step], rules: Rules) -> Iterator[str]
         for (stage, name), row in step.rows.items():
             whole = step.ms(schema.STEP, schema.BASELINE if name == schema.TORCH else name)
             if row["ms_median"] > 0 and abs(row["share"] * whole / row["ms_median"] - 1) > rules.trust_speedup_off:
-                true = row["ms_median"] / whole
+                true = over(row["ms_median"], whole)
                 yield f"share {row['share']:g} of {stage} is off the times beside it ({true:.4g}): {where([row])}"
                 return
 
@@ -148,7 +148,7 @@ def _accounts(steps: list[Step], rules: Rules) -> Iterator[str]:
             yield f"a large residual: no stage accounts for {1 - step.accounted:.1%} of the step {at}"
             break
     for step in steps:
-        if abs(step.speedup / step.expected - 1) > rules.trust_amdahl_off:
+        if abs(over(step.speedup, step.expected) - 1) > rules.trust_amdahl_off:
             told = f"{step.speedup:.3g}x, share and selection make it {step.expected:.3g}x"
             yield f"the step's speed-up does not follow ({told}) at B={step.B:g}, context={step.context:g}"
             break

@@ -16,7 +16,7 @@ from nsa_sel.measure import schema
 from nsa_sel.measure.run.bench import figure
 from nsa_sel.measure.run.clock import ModeError, flush_of, measuring, median_interval, quantiles
 from nsa_sel.measure.run.decode_step import DecodeStep
-from nsa_sel.measure.run.environment import device_columns
+from nsa_sel.measure.run.environment import clocks, device_columns
 from nsa_sel.measure.run.race import counts, proof
 from nsa_sel.measure.schema import STAGES
 
@@ -49,50 +49,71 @@ class StepTimes:
 
 
 def time_step(step: DecodeStep, mode: str, device: torch.device, iters: int, warmup: int) -> StepTimes:
-    """Time `iters` steps with marks between the stages and `iters` without, in turns: both see the same machine.
+    """Time one step, as `time_steps` does."""
+    return time_steps([step], mode, device, iters, warmup)[0][0]
+
+
+def time_steps(
+    steps: list[DecodeStep], mode: str, device: torch.device, iters: int, warmup: int
+) -> tuple[list[StepTimes], list[dict[str, int] | None]]:
+    """Time `iters` samples of each step with marks between the stages and as many without, all in turns.
+
+    Returns the times of each, and the clocks before and after.
 
     Raises:
         ModeError: the device does not have this mode.
     """
     if mode not in ("eager", "graph") or (mode == "graph" and device.type != "cuda"):
         raise ModeError(f"mode: expected eager, or graph on a CUDA device, got {mode!r} on {device.type}")
-    before, calls = counts(), step.select_calls
+    before, calls = counts(), [step.select_calls for step in steps]
     with measuring(device):
-        pair = _pair(step, mode, device, max(1, warmup))
+        pairs = [_pair(step, mode, device, max(1, warmup)) for step in steps]
         for _ in range(warmup):
-            pair()
-        pairs = [pair() for _ in range(iters)]
-    calls = step.select_calls - calls
+            for pair in pairs:
+                pair()
+        clock = [clocks(device)]
+        samples = [[pair() for pair in pairs] for _ in range(iters)]
+        clock.append(clocks(device))
     ran = Counter(counts())
     ran.subtract(before)
-    proven = proof(step.backend, ran, calls) if calls else ""
-    stages = {stage: [parts[index] for parts, _ in pairs] for index, stage in enumerate(STAGES)}
-    return StepTimes(stages, [whole for _, whole in pairs], proven)
+    found = []
+    for index, step in enumerate(steps):
+        mine = [row[index] for row in samples]
+        others = {other.backend for other in steps} - {step.backend}
+        counted = Counter({name: count for name, count in ran.items() if name not in others})
+        made = step.select_calls - calls[index]
+        stages = {stage: [parts[at] for parts, _ in mine] for at, stage in enumerate(STAGES)}
+        found.append(StepTimes(stages, [w for _, w in mine], proof(step.backend, counted, made) if made else ""))
+    return found, clock
 
 
-def rows_of(step: DecodeStep, times: StepTimes, device: torch.device) -> list[dict[str, Any]]:
-    """Return the rows of decode.csv of one step: the selection under its backend, the other stages under torch."""
+def medians_of(steps: list[DecodeStep], times: list[StepTimes]) -> dict[tuple[str, str], tuple[list[float], str]]:
+    """Return samples and what ran, by stage and backend: all of the first step, selection and whole of the others."""
+    found: dict[tuple[str, str], tuple[list[float], str]] = {}
+    for index, (step, one) in enumerate(zip(steps, times, strict=True)):
+        for stage in STAGES if index == 0 else ("select",):
+            name, ran = (step.backend, one.ran) if stage == "select" else (schema.TORCH, schema.TORCH)
+            found[stage, name] = (one.stages[stage], "" if stage in step.left_out else ran)
+        found[schema.STEP, step.backend] = (one.step, one.ran)
+    return found
+
+
+def rows_of(steps: list[DecodeStep], times: list[StepTimes], device: torch.device) -> list[dict[str, Any]]:
+    """Return the rows of decode.csv: the stages with the first backend, then selection and step with the others."""
+    whole = {step.backend: quantiles(one.step)[0] for step, one in zip(steps, times, strict=True)}
+    base = whole[steps[0].backend]
     rows = []
-    for stage in STAGES:
-        median, low, high = quantiles(times.stages[stage])
-        backend, ran = (step.backend, times.ran) if stage == "select" else (schema.TORCH, schema.TORCH)
-        rows.append(
-            {
-                "B": step.batch,
-                "context": step.context,
-                "stage": stage,
-                "ms_median": figure(median),
-                "ms_p20": figure(low),
-            }
-            | {"ms_p80": figure(high), "share": figure(times.shares[stage]), "backend": backend}
-            | {"ran": "" if stage in step.left_out else ran, **device_columns(device)}
-        )
+    for (stage, name), (samples, ran) in medians_of(steps, times).items():
+        median, low, high = quantiles(samples)
+        row = {"B": steps[0].batch, "context": steps[0].context, "stage": stage, "ms_median": figure(median)}
+        row |= {"ms_p20": figure(low), "ms_p80": figure(high), "share": figure(median / whole.get(name, base))}
+        rows.append(row | {"backend": name, "ran": ran, **device_columns(device)})
     return rows
 
 
-def facts_of(step: DecodeStep, times: StepTimes) -> dict[str, Any]:
-    """Return what decode.csv has no column for: the step, the residual, intervals, bytes and tokens read."""
-    shape = step.shape
+def facts_of(steps: list[DecodeStep], times: list[StepTimes]) -> dict[str, Any]:
+    """Return what decode.csv has no column for: residual, intervals, bytes and tokens read, the step's speed-up."""
+    step, shape = steps[0], steps[0].shape
     gathered = sdpa.counters().gathered_bytes
     reads = step.count_reads()
     gathered = sdpa.counters().gathered_bytes - gathered
@@ -102,13 +123,15 @@ def facts_of(step: DecodeStep, times: StepTimes) -> dict[str, Any]:
         "selected": step.selected_tokens() / row,
         "window": step.k_win.shape[2],
     }
-    return {
+    measured = medians_of(steps, times)
+    intervals = {f"{stage} {name}": median_interval(found) for (stage, name), (found, _) in measured.items()}
+    whole, share = quantiles(times[0].step)[0], times[0].shares["select"]
+    facts: dict[str, Any] = {
         "B": step.batch,
         "context": step.context,
-        "step_ms": quantiles(times.step)[0],
-        "step_ms_ci95": median_interval(times.step),
-        "stage_ms_ci95": {stage: median_interval(values) for stage, values in times.stages.items()},
-        "residual": times.residual,
+        "step_ms": whole,
+        "ms_median_ci95": intervals,
+        "residual": times[0].residual,
         "bytes_read": reads,
         "bytes_gathered_by_sdpa": gathered,
         "tokens_read_per_group": tokens | {"all": sum(tokens.values())},
@@ -116,6 +139,12 @@ def facts_of(step: DecodeStep, times: StepTimes) -> dict[str, Any]:
         "tokens_by_the_paper": context_tokens(step.context),
         "sparse": step.context > shape.dense_until(),
     }
+    for other, one in zip(steps[1:], times[1:], strict=True):
+        faster = quantiles(times[0].stages["select"])[0] / quantiles(one.stages["select"])[0]
+        with_it = {"select": faster, "step": whole / quantiles(one.step)[0]}
+        with_it["expected"] = 1 / (1 - share + share / faster)
+        facts[f"speedup of {other.backend}"] = with_it
+    return facts
 
 
 def context_tokens(context: int) -> int:

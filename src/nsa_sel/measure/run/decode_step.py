@@ -7,6 +7,7 @@ one in sixteen steps needs one; and each branch has keys and values of its own.
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -78,14 +79,17 @@ class DecodeStep:
         )
         B, G, blocks = batch, s.G, -(-context // s.l_sel)
         self.q = make(B, G, s.h, s.Dk)
-        self.new_k, self.new_v = make(B, G, 3, s.Dk), make(B, G, 3, s.Dv)  # this step's token, one for each branch
-        self.k_sel, self.v_sel = make(B, G, context, s.Dk), make(B, G, context, s.Dv)
-        held = min(s.window, context)
-        self.k_win, self.v_win = make(B, G, held, s.Dk), make(B, G, held, s.Dv)
-        self.k_raw, self.v_raw = make(B, G, s.l_cmp, s.Dk), make(B, G, s.l_cmp, s.Dv)
-        self.k_cmp, self.v_cmp = make(B, G, s.compressed(context), s.Dk), make(B, G, s.compressed(context), s.Dv)
-        self.k_position, self.v_position = make(s.l_cmp, s.Dk), make(s.l_cmp, s.Dv)
+        row, held = s.Dk + s.Dv, min(s.window, context)
+        self.new = make(B, G, 3, row)  # this step's token, one for each branch: K and V side by side, as in the caches
+        self.raw, self.cmp = make(B, G, s.l_cmp, row), make(B, G, s.compressed(context), row)
+        self.sel, self.win = make(B, G, context, row), make(B, G, held, row)
+        self.k_raw, self.v_raw = self.raw.split((s.Dk, s.Dv), dim=-1)
+        self.k_cmp, self.v_cmp = self.cmp.split((s.Dk, s.Dv), dim=-1)
+        self.k_sel, self.v_sel = self.sel.split((s.Dk, s.Dv), dim=-1)
+        self.k_win, self.v_win = self.win.split((s.Dk, s.Dv), dim=-1)
+        self.position = make(s.l_cmp, row)
         self.mix = torch.full((1, s.l_cmp), 1 / s.l_cmp, device=device, dtype=DTYPE)
+        self.shift = self.mix @ self.position  # what the positions add to every compressed token
         self.gate_logits = make(B, G, 3, s.h, 1)
         # A block of 64 overlaps the compressed tokens that start from 16 before it; these are the shares of their 32
         # tokens in it.
@@ -114,6 +118,12 @@ class DecodeStep:
             mark(len(STAGES))
         return self.out
 
+    def with_backend(self, backend: str) -> DecodeStep:
+        """Return the same step over the same caches with another backend for the selection."""
+        other = copy.copy(self)
+        other.backend, other.select_calls, other.outs = backend, 0, list(self.outs)
+        return other
+
     def count_reads(self) -> dict[str, int]:
         """Run one step and return the bytes of K and V that each stage read, counted where it read them."""
         self.reads = dict.fromkeys(STAGES, 0)
@@ -135,28 +145,30 @@ class DecodeStep:
         return cache
 
     def _append(self) -> None:
-        self.k_raw[:, :, -1], self.v_raw[:, :, -1] = self.new_k[:, :, 0], self.new_v[:, :, 0]
-        self.k_sel[:, :, -1], self.v_sel[:, :, -1] = self.new_k[:, :, 1], self.new_v[:, :, 1]
-        self.k_win[:, :, -1], self.v_win[:, :, -1] = self.new_k[:, :, 2], self.new_v[:, :, 2]
+        for branch, cache in enumerate((self.raw, self.sel, self.win)):
+            cache[:, :, -1] = self.new[:, :, branch]
 
     def _compress(self) -> None:
-        k_raw, v_raw = self._read("compress", self.k_raw), self._read("compress", self.v_raw)
-        self.k_cmp[:, :, -1:] = self.mix @ (k_raw + self.k_position)
-        self.v_cmp[:, :, -1:] = self.mix @ (v_raw + self.v_position)
-        logits = self.q @ self._read("compress", self.k_cmp).transpose(-1, -2)
+        s, groups = self.shape, self.batch * self.shape.G
+        self.cmp[:, :, -1:] = self.mix @ self._read("compress", self.raw) + self.shift
+        k, v = (self._read("compress", cache).flatten(0, 1) for cache in (self.k_cmp, self.v_cmp))
+        q, nothing = self.q.flatten(0, 1), self.q.new_empty(())
+        logits = torch.baddbmm(nothing, q, k.transpose(1, 2), beta=0, alpha=s.Dk**-0.5)
         # These probabilities score the blocks, so they are needed as such: fused attention would not give them.
-        self.p_cmp = torch.softmax(logits.float() * self.shape.Dk**-0.5, dim=-1)
-        self.outs[0] = self.p_cmp.to(DTYPE) @ self._read("compress", self.v_cmp)
+        self.p_cmp = torch.softmax(logits, dim=-1, dtype=torch.float32).view(self.batch, s.G, s.h, -1)
+        self.outs[0] = (self.p_cmp.view(groups, s.h, -1).to(DTYPE) @ v).view(self.batch, s.G, s.h, s.Dv)
 
     def _score(self) -> None:
-        s = self.shape
+        s, blocks = self.shape, self.forced.numel()
         by_group = self.p_cmp.sum(dim=2).view(-1, 1, self.p_cmp.shape[-1])
-        stride, blocks = s.l_sel // s.d_cmp, self.forced.numel()
+        stride = s.l_sel // s.d_cmp
         short = stride * (blocks - 1) + self.overlap.shape[-1] - 1 - by_group.shape[-1]
-        scores = conv1d(pad(by_group, (1, max(0, short))), self.overlap, stride=stride)[..., :blocks] + self.forced
+        if short != 1:  # a context that is no whole number of blocks
+            by_group = pad(by_group, (0, max(0, short - 1)))
+        scores = conv1d(by_group, self.overlap, stride=stride, padding=1)[..., :blocks] + self.forced
         taken = min(s.n, blocks)
         best = scores.topk(taken, dim=-1).indices.view(self.batch, 1, s.G, taken)
-        self.ids[..., :taken] = best.to(torch.int32)
+        self.ids[..., :taken].copy_(best)
 
     def _select(self) -> None:
         out = nsa_sel.selection_attention(
@@ -181,4 +193,5 @@ class DecodeStep:
 
     def _gate(self) -> None:
         gates = torch.sigmoid(self.gate_logits)
-        self.out = gates[:, :, 0] * self.outs[0] + gates[:, :, 1] * self.outs[1] + gates[:, :, 2] * self.outs[2]
+        out = gates[:, :, 0] * self.outs[0]
+        self.out = out.addcmul_(gates[:, :, 1], self.outs[1]).addcmul_(gates[:, :, 2], self.outs[2])

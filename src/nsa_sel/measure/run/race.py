@@ -58,8 +58,12 @@ class Case:
     @property
     def drift(self) -> float:
         """The largest change of a clock, as a fraction; 0 where none could be read."""
-        before, after = self.clocks
-        return max((abs(after[k] / before[k] - 1) for k in before), default=0.0) if before and after else 0.0
+        return drift(*self.clocks)
+
+
+def drift(before: dict[str, int] | None, after: dict[str, int] | None) -> float:
+    """Return the largest change of a clock, as a fraction; 0 where none could be read."""
+    return max((abs(after[k] / before[k] - 1) for k in before), default=0.0) if before and after else 0.0
 
 
 def race(

@@ -16,15 +16,15 @@ import torch
 import nsa_sel
 from nsa_sel import backends
 from nsa_sel.measure import schema
-from nsa_sel.measure.files import csv_text, write_atomically
+from nsa_sel.measure.files import csv_text, write_atomically, write_results
 from nsa_sel.measure.run import clock, store, tune
 from nsa_sel.measure.run.bench import NOT_STARTED, Results, run_bench
 from nsa_sel.measure.run.contestants import HERE, OWN, own_contestants
-from nsa_sel.measure.run.decode import facts_of, rows_of, time_step
+from nsa_sel.measure.run.decode import facts_of, rows_of, time_steps
 from nsa_sel.measure.run.decode_step import DecodeStep, Shape
 from nsa_sel.measure.run.environment import device_columns, environment, tf32_off
 from nsa_sel.measure.run.peers import PEERS, Peer, load_peers, peers_folder
-from nsa_sel.measure.run.race import Settings
+from nsa_sel.measure.run.race import CLOCK_DRIFT, Settings, drift
 from nsa_sel.measure.run.workload import Workload
 
 MAX_REASON = 200  # characters of a reason that are printed; the JSON has all of it
@@ -198,8 +198,12 @@ class DecodeSession:
         self.steps = [(b, c) for b in batches or ([1, 8, 64] if on_gpu else [1]) for c in contexts]
         self.rows: list[dict[str, Any]] = []
         self.facts: list[dict[str, Any]] = []
+        self.clocks: list[dict[str, Any]] = []
         self.notes: list[str] = ["projections and the MLP are no part of this step: shares are of the attention alone"]
-        self.backend, why = selecting_backend(backend, device)
+        kernel, why = selecting_backend(backend, device)
+        self.backends = list(
+            dict.fromkeys([schema.BASELINE, kernel])
+        )  # before any kernel first: that decides the share
         if why:
             self.notes.append(why)
         dense = sorted({c for c in contexts if c <= Shape().dense_until()})
@@ -213,31 +217,41 @@ class DecodeSession:
         """Measure every step and write decode.csv and decode.json; yields a name for each step done."""
         how = {"seed": self.seed, "iters": self.iters, "warmup": self.warmup, "mode": self.mode}
         how |= {"leave_out": list(self.leave_out)}
-        for batch, context in self.steps:
+        facts = environment(self.device, **how)
+        for at, (batch, context) in enumerate(self.steps, 1):
             try:
                 self._measure(batch, context)
             except torch.OutOfMemoryError:
                 self.notes.append(f"not measured: no memory for B={batch}, context={context}")
-            data = {"environment": environment(self.device, **how), "steps": self.facts, "notes": self.notes}
-            write_atomically(out / "decode.json", json.dumps(data, indent=1) + "\n")
-            write_atomically(out / "decode.csv", csv_text(schema.DECODE_COLUMNS, self.rows))
+            data: dict[str, Any] = {"environment": facts, "steps": self.facts, "clocks": self.clocks}
+            data |= {"notes": self.notes, "finished": {"rows": len(self.rows)} if at == len(self.steps) else None}
+            write_results(out / "decode.csv", schema.DECODE_COLUMNS, self.rows, data)
             yield f"B={batch} context={context}"
 
     def _measure(self, batch: int, context: int) -> None:
-        step = DecodeStep(batch, context, self.backend, self.device, self.seed, self.leave_out)
-        times = time_step(step, self.mode, self.device, self.iters, self.warmup)
-        facts = facts_of(step, times)
-        self.rows += rows_of(step, times, self.device)
-        self.facts.append(facts)
+        first = DecodeStep(batch, context, self.backends[0], self.device, self.seed, self.leave_out)
+        steps = [first, *(first.with_backend(name) for name in self.backends[1:])]
+        for _ in range(3):  # clocks that drift are measured again, twice at most
+            times, read = time_steps(steps, self.mode, self.device, self.iters, self.warmup)
+            if drift(*read) <= CLOCK_DRIFT:
+                break
+        self.rows += rows_of(steps, times, self.device)
+        self.facts.append(facts_of(steps, times))
+        if all(read):
+            self.clocks.append({"B": batch, "context": context, "before": read[0], "after": read[1]})
 
     def table(self) -> list[tuple[str, ...]]:
         """Return the table to print, its header first: milliseconds, shares and the residual of each step."""
-        lines: list[tuple[str, ...]] = [("B", "context", "step ms", *schema.STAGES, "residual", "select ran")]
+        header = ("B", "context", "step ms", *schema.STAGES, "residual", "with the kernel", "1/(1-s+s/x)")
+        lines: list[tuple[str, ...]] = [header]
         for fact in self.facts:
-            mine = {r["stage"]: r for r in self.rows if (r["B"], r["context"]) == (fact["B"], fact["context"])}
+            mine = {r["stage"]: r for r in self.rows if (r["B"], r["context"]) == (fact["B"], fact["context"])
+                    and r["backend"] in (schema.TORCH, schema.BASELINE)}  # fmt: skip
             shares = [f"{float(mine[stage]['share']):.1%}" for stage in schema.STAGES]
-            step = (str(fact["B"]), str(fact["context"]), f"{fact['step_ms']:.4g}", *shares)
-            lines.append((*step, f"{fact['residual']:.1%}", mine["select"]["ran"] or "nothing"))
+            step = (str(fact["B"]), str(fact["context"]), f"{fact['step_ms']:.4g}", *shares, f"{fact['residual']:.1%}")
+            faster = [f"{one['step']:.2f}x" for name, one in fact.items() if name.startswith("speedup of")]
+            law = [f"{one['expected']:.2f}x" for name, one in fact.items() if name.startswith("speedup of")]
+            lines.append((*step, ", ".join(faster) or "NOT MEASURED", ", ".join(law)))
         return lines
 
 
