@@ -22,7 +22,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import nsa_sel
 from nsa_sel.backends import _cpu
-from nsa_sel.measure.clock import quantiles
+from nsa_sel.measure.run.clock import quantiles
 
 S_KV = 8192  # tokens in each cache
 BATCHES = (1, 4, 8, 32)

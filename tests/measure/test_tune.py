@@ -100,7 +100,7 @@ def test_files_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     # Only where the sweep looks: routing must go on finding the backends there are.
     monkeypatch.setattr(session, "backends", SimpleNamespace(get=lambda name: stand_in))
     monkeypatch.setattr(tune, "grid", lambda: CONFIGS[1:])
-    monkeypatch.setattr(tune, "Own", lambda name: stand_in)
+    monkeypatch.setattr(tune, "Own", lambda name, interpreted: stand_in)
     workloads = from_options({"rows": [4], "h": [2], "Dk": [64], "L": [64], "dist": ["few"], "G": 2, "S_kv": 512})
     list(TuneSession(torch.device("cpu"), None, 0, 2, 0).run(workloads, tmp_path))
     lines = (tmp_path / "tune_triton.csv").read_text().splitlines()

@@ -112,7 +112,8 @@ def alike_faults(rows: list[Row], columns: tuple[str, ...], rules: Rules, case: 
     """
     first: dict[Any, Row] = {}
     for row in rows:
-        first.setdefault(case(row), row)
+        if all(math.isfinite(row[column]) for column in columns):
+            first.setdefault(case(row), row)
     values = Counter(tuple(row[column] for column in columns) for row in first.values())
     for value, count in values.most_common(1):
         coarse = columns[0].startswith("ms") and all(_whole_steps(v, rows[0].get("calls", 1)) for v in value)
