@@ -160,5 +160,5 @@ $(ENGINES)/%/.stamp: $(ENGINE_TESTS)/%.txt $(BUILD_INPUTS)
 	$(@D)/bin/python -m pip --disable-pip-version-check install '$(TORCH)'
 	$(@D)/bin/python -m pip --disable-pip-version-check install $(if $(filter vllm,$*),--no-deps) -r $<
 	NSA_SEL_WITHOUT_KERNELS=ON NSA_SEL_REQUIRE_KERNELS=OFF \
-	  $(@D)/bin/python -m pip --disable-pip-version-check install pytest --editable .
+	  $(@D)/bin/python -m pip --disable-pip-version-check install pytest --editable '.[cli]'
 	@touch $@
