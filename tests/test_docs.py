@@ -27,8 +27,8 @@ CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 DOCTESTED = (
     "nsa_sel", "nsa_sel._build", "nsa_sel.api", "nsa_sel.cli.demo", "nsa_sel.distributed", "nsa_sel.facts",
-    "nsa_sel.merge", "nsa_sel.policy", "nsa_sel.ranges", "nsa_sel.reference", "nsa_sel.routing", "nsa_sel.stats",
-    "nsa_sel.switches", "nsa_sel.testing",
+    "nsa_sel.integrations.vllm", "nsa_sel.merge", "nsa_sel.policy", "nsa_sel.ranges", "nsa_sel.reference",
+    "nsa_sel.routing", "nsa_sel.stats", "nsa_sel.switches", "nsa_sel.testing",
 )  # fmt: skip
 
 
