@@ -198,7 +198,7 @@ def test_a_process_of_vllm_loads_the_plug_in(
     environment = {**os.environ, **switches}
     result = subprocess.run(
         [sys.executable, "-c", PROCESS.format(pretend=pretend)],
-        capture_output=True, text=True, env=environment, check=False, timeout=300,
+        capture_output=True, text=True, env=environment, check=False, timeout=900,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     output = result.stdout + result.stderr
