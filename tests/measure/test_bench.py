@@ -309,7 +309,11 @@ def test_ceiling_reads_as_many_bytes_by_the_fastest_of_several_block_sizes(monke
     assert [name for name in readers if name.startswith("triton")] == [
         f"triton, blocks of {block}" for block in (256, 512, 1024, 2048, 4096, 8192, 16384)
     ]
-    slow = {"slow": lambda buffer: lambda: time.sleep(0.002), "fast": lambda buffer: lambda: None}
+    slow = {
+        "slow": lambda buffer: lambda: time.sleep(0.002),
+        "fast": lambda buffer: lambda: None,
+        "broken": lambda buffer: {}["x"],
+    }
     monkeypatch.setattr(ceiling, "_readers", lambda device: slow)
     assert ceiling.fastest_reader(1, 2, "eager", CPU, memory=1)[0] == "fast"
 

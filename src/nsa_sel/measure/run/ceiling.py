@@ -30,8 +30,12 @@ def fastest_reader(
     buffers = [torch.zeros(lines, _LINE, dtype=torch.float32, device=device) for _ in range(owned)]
     found: list[tuple[float, str, Sequence[clock.Call]]] = []
     for name, make in _readers(device).items():
-        calls: Sequence[clock.Call] = [make(buffers[index % owned]) for index in range(count)]
-        found.append((min(clock.samples(calls, mode, device, iters=5, warmup=2)), name, calls))
+        try:
+            calls: Sequence[clock.Call] = [make(buffers[index % owned]) for index in range(count)]
+            found.append((min(clock.samples(calls, mode, device, iters=5, warmup=2)), name, calls))
+        except Exception:  # a reader that this Triton cannot compile is none; PyTorch's own must work
+            if name == "torch.sum":
+                raise
     _, name, calls = min(found, key=lambda one: one[0])
     return name, read_bytes, calls
 
