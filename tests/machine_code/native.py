@@ -32,8 +32,8 @@ class Model:
         hmma_every: between two HMMAs of one scheduler.
         bytes_per_clock: that one SM gets from L2.
         contention: warps share schedulers, the shared-memory port and tensor cores.
-        cold: whose first touch of a 128-byte line takes `dram`: 0 nothing's, 1 that of K and V, 2 of everything; 3: every one
-            of K and V.
+        cold: what takes `dram`: 0 nothing, 1 the first touch of a 128-byte line of K and V, 2 of everything, 3 every
+            touch of K and V.
     """
 
     l2: float = 280

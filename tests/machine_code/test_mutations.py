@@ -1,4 +1,4 @@
-"""Changed machine code is noticed: a sample in every run, 200 in the long suite; named faults each by their detector."""
+"""Changed machine code is noticed: named faults each by their detector, and random ones."""
 
 from __future__ import annotations
 
