@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nsa_sel
-from nsa_sel.backends import sdpa
+from nsa_sel.backends import _pieces, sdpa
 from nsa_sel.testing import assert_matches_reference, make_inputs
 from tests.backends_under_test import backend
 from tests.cases import case
@@ -25,7 +25,7 @@ def test_the_softmax_over_nothing_is_not_left_to_the_kernel(monkeypatch: pytest.
             logits = logits.masked_fill(~attn_mask, -torch.inf)
         return torch.softmax(logits, -1) @ v  # NaN where the mask leaves nothing
 
-    monkeypatch.setattr(sdpa, "scaled_dot_product_attention", plain)
+    monkeypatch.setattr(_pieces, "scaled_dot_product_attention", plain)
     capture(monkeypatch)  # empty rows are computed there, and masked
     inputs = replace(case("empty-rows"), dtype=torch.float32).inputs()
     out, lse = sdpa.run(call_of(inputs))

@@ -82,7 +82,9 @@ def _attend_alike(
     problem = call.problem
     places = _locate(call, selection, rows, tokens, parts, masked)
     width = max(problem.Dk, problem.Dv)  # the fused attention wants Dk = Dv: columns of zeros change nothing
-    queries = call.q.reshape(problem.rows, 1, problem.h, problem.Dk)[torch.from_numpy(rows)]
+    queries = call.q.reshape(problem.rows, 1, problem.h, problem.Dk)
+    if rows.size != problem.rows or (rows[1:] <= rows[:-1]).any():  # not all of them, one after another
+        queries = queries[torch.from_numpy(rows)]
     if width > problem.Dk:
         queries = torch.nn.functional.pad(queries, (0, width - problem.Dk))
     if parts > 1:

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch._C._functorch import is_legacy_batchedtensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from nsa_sel import _fork
 from nsa_sel._build import DeviceInfo
-from nsa_sel.backends import _backward, _cpu, _gather
+from nsa_sel.backends import _backward, _cpu, _gather, _pieces
 from nsa_sel.backends._gather import Counters, Selection
+from nsa_sel.backends._pieces import accumulator
 from nsa_sel.backends._plan import MEMORY_BUDGET, Chunk, captured_bound, make_plan
 from nsa_sel.call import Call
 
@@ -72,7 +72,7 @@ def backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of q, k and v from those of out [B, S, G, h, Dv] and lse [B, S, G, h] (None: zero)."""
     problem = call.problem
-    gradients = _backward.Gradients.zeros(call, _accumulator(call.q.dtype))
+    gradients = _backward.Gradients.zeros(call, accumulator(call.q.dtype))
     flat = (problem.rows, problem.h, problem.Dv)
     d_out = out.new_zeros(flat) if d_out is None else d_out.reshape(flat)
     d_lse = None if d_lse is None else d_lse.reshape(flat[:2])
@@ -134,10 +134,6 @@ def _plain_math(call: Call) -> Iterator[None]:
 
 def _is_capturing(call: Call) -> bool:
     return call.q.is_cuda and torch.cuda.is_current_stream_capturing()
-
-
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @dataclass(slots=True)
@@ -223,7 +219,7 @@ def _empty_rows(call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
     out = call.v.new_zeros((problem.rows, problem.h, problem.Dv))
     if not call.return_lse:
         return out, None
-    return out, call.q.new_full((problem.rows, problem.h), -math.inf, dtype=_accumulator(call.q.dtype))
+    return out, call.q.new_full((problem.rows, problem.h), -math.inf, dtype=accumulator(call.q.dtype))
 
 
 def _attend_chunk(
@@ -234,7 +230,7 @@ def _attend_chunk(
     if chunk.pad_rows:
         rows = torch.cat([rows, rows[-1:].expand(chunk.pad_rows)])
     if not work.on_host or chunk.piece < chunk.tokens:
-        out, lse = _attend_pieces(call, work, rows, chunk)
+        out, lse = _pieces.attend(call, work.selection, rows, chunk, work.count)
     else:
         lengths = work.lengths[chunk.rows]
         if chunk.pad_rows:
@@ -242,80 +238,9 @@ def _attend_chunk(
         out, lse = _cpu.attend(call, work.selection, rows.numpy(), lengths, chunk, work.count)
         if not math.isfinite(out.sum(dtype=lse.dtype).item() + lse.sum().item()):
             for row in (~(out.isfinite().all(2) & lse.isfinite())).any(1).nonzero().flatten():
-                out[row], exact = _attend_pieces(call, work, rows[row : row + 1], replace(chunk, masked=True))
+                one = rows[row : row + 1]
+                out[row], exact = _pieces.attend(call, work.selection, one, replace(chunk, masked=True), work.count)
                 if exact is not None:
                     lse[row] = exact
         out = out.to(call.v.dtype)
     return out[:kept], lse[:kept] if call.return_lse and lse is not None else None
-
-
-def _attend_pieces(
-    call: Call, work: _Work, rows: torch.Tensor, chunk: Chunk
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attend the rows [r] of one chunk, piece by piece: out [r, h, Dv] and lse [r, h] or None."""
-    split = chunk.piece < chunk.tokens
-    out, lse = _attend(call, work, rows, 0, chunk.piece, chunk.masked, split)
-    for begin in range(chunk.piece, chunk.tokens, chunk.piece):
-        end = min(begin + chunk.piece, chunk.tokens)
-        part, part_lse = _attend(call, work, rows, begin, end, chunk.masked, split)
-        assert lse is not None
-        assert part_lse is not None
-        out, lse = _merge(out, lse, part, part_lse)
-    return out.to(call.v.dtype), lse
-
-
-def _attend(
-    call: Call, work: _Work, rows: torch.Tensor, begin: int, end: int, masked: bool, split: bool
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attend the rows [r] to their positions [begin, end).
-
-    out always comes from SDPA, so that asking for lse does not change it. SDPA keeps softmax statistics and sums of
-    half inputs in fp32 and gives no lse, which is computed from fp32 logits beside it. Parts of a split row stay fp32.
-    """
-    problem = call.problem
-    work.count.chunks += 1
-    index = _gather.locate(call, work.selection, rows, begin, end, masked)
-    # PyTorch's fused attention on the CPU wants Dk = Dv; without it everything is copied to fp32, which is 3x slower.
-    # Columns of zeros change neither the logits nor the other columns of out.
-    width = max(problem.Dk, problem.Dv) if problem.device_type == "cpu" else 0
-    keys = _gather.gather(call.k, index, work.count, width)
-    values = _gather.gather(call.v, index, work.count, width)
-    queries = call.q.reshape(problem.rows, problem.h, problem.Dk).index_select(0, rows)
-    queries = torch.nn.functional.pad(queries, (0, keys.shape[-1] - problem.Dk))
-    wide = _accumulator(queries.dtype)
-    if split:
-        queries, keys, values = queries.to(wide), keys.to(wide), values.to(wide)
-
-    mask = index.valid
-    out = scaled_dot_product_attention(
-        queries.unsqueeze(1),
-        keys.unsqueeze(1),
-        values.unsqueeze(1),
-        attn_mask=None if mask is None else mask[:, None, None, :],
-        scale=call.scale,
-    ).squeeze(1)[..., : problem.Dv]
-    lse = None
-    # PyTorch's fused attention on the CPU gives 0 for half inputs where a logit is infinite, and softmax gives NaN
-    doubtful = problem.device_type == "cpu" and queries.element_size() == 2
-    if call.return_lse or split or doubtful:
-        logits = torch.matmul(queries.to(wide), keys.to(wide).transpose(1, 2)) * call.scale
-        if mask is not None:
-            logits = logits.masked_fill(~mask.unsqueeze(1), -math.inf)
-        lse = torch.logsumexp(logits, -1)
-        if doubtful:
-            out = out.masked_fill(~(lse < math.inf).unsqueeze(-1), math.nan)
-    if mask is not None:
-        # a row without any token here (empty, or its pages are missing): kernels differ on the softmax over nothing
-        out = out.masked_fill(~mask.any(1)[:, None, None], 0)
-    return out, lse
-
-
-def _merge(
-    out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge two parts of the same rows by their log-sum-exp."""
-    both = torch.logaddexp(lse, part_lse)
-    # where both are -inf there is nothing to weigh: (-inf) - (-inf) is NaN, so subtract 0 and weigh both with 0
-    base = both.masked_fill(both == -math.inf, 0)
-    weight, part_weight = torch.exp(lse - base).unsqueeze(-1), torch.exp(part_lse - base).unsqueeze(-1)
-    return out * weight + part * part_weight, both
