@@ -49,13 +49,16 @@ def arguments(S_kv: int) -> dict[str, Any]:
     }
 
 
-def planned(call: Call) -> tuple[torch.Tensor, None]:
+def planned(call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
     """What the kernel's backend does for a call, but for the launch and what only a GPU has."""
-    out = call.v.new_empty((call.B, call.S, call.G, call.h, call.Dv))
-    launch = cuda.plan(call, out, None, LIMITS)
+    shape = (call.B, call.S, call.G, call.h)
+    out = call.out if call.out is not None else call.v.new_empty((*shape, call.Dv))
+    lse = call.q.new_empty(shape, dtype=torch.float32) if call.return_lse else None
+    launch = cuda.plan(call, out, lse, LIMITS)
     if launch.workspace_floats > 0:
         torch.empty(launch.workspace_floats, dtype=torch.float32)
-    return out, None
+    cuda.offer(call, launch)
+    return out, lse
 
 
 def allocated(call: Call) -> tuple[torch.Tensor, None]:
@@ -90,7 +93,12 @@ def pretended(route: str) -> Iterator[None]:
             (backends.get("triton"), "limits", lambda call, device: None),
         ):
             stack.enter_context(mock.patch.object(target, name, value))
-        yield
+        _core.replace_launches(1)
+        try:
+            yield
+        finally:
+            _core.replace_launches(0)
+            nsa_sel.refresh_routing()
 
 
 def timed(call: Callable[[int], Any]) -> float:
@@ -117,12 +125,14 @@ def measure(route: str) -> dict[str, dict[str, float]]:
         before = sum(nsa_sel.stats().get(route, {}).values())
         for _ in range(ROUNDS):
             for name, call in calls.items():
+                _core.forget_launches()  # else the calls of one round would be hits in the next
+                call(0)
                 anchor = timed(lambda i: torch.empty_like(out))
                 times[name].append(timed(call))
                 ratios[name].append(times[name][-1] / anchor)
         ran = sum(nsa_sel.stats()[route].values()) - before
-    if ran != ROUNDS * CALLS * len(calls):
-        raise RuntimeError(f"{route}: expected {ROUNDS * CALLS * len(calls)} calls to have run there, got {ran}")
+    if ran != ROUNDS * (CALLS + 1) * len(calls):
+        raise RuntimeError(f"{route}: expected {ROUNDS * (CALLS + 1) * len(calls)} calls to have run there, got {ran}")
     return {
         name: {"us": round(min(times[name]), 2), "ratio": round(statistics.median(ratios[name]), 2)} for name in calls
     }

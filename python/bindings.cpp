@@ -6,6 +6,7 @@
 #include <string>
 #include <string_view>
 
+#include "call_cache.h"
 #include "dispatch.h"
 #include "instances.h"
 #include "launch.h"
@@ -125,6 +126,8 @@ PYBIND11_MODULE(_core, m) {
         py::arg("head_tile"), py::arg("loads") = "cp.async");
   m.def("bytes_in_flight_needed", &nsa_sel::bytes_in_flight_needed, "Bytes that one SM must have in flight.",
         py::arg("capability"));
+
+  nsa_sel::bind_call_cache(m);
 
   py::class_<DeviceLimits>(m, "DeviceLimits", "What planning needs to know of a GPU.")
       .def(py::init([](int sm_count, int capability, int smem_per_block, int smem_per_sm) {

@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from nsa_sel import _build, _fork, backends, debug, routing, stats, switches
 from nsa_sel import policy as policies
@@ -22,7 +23,7 @@ _policy_read = False
 _warned_no_kernels = False
 
 
-def attend(backend: str, /, *arguments: Any, **keywords: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+def _attend(backend: str, /, *arguments: Any, **keywords: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Check the arguments of `selection_attention` and run it: out, and with `return_lse` (out, lse)."""
     out, lse = run(check(*arguments, **keywords), backend)
     return out if lse is None else (out, lse)
@@ -50,6 +51,8 @@ def run(call: Call, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor |
             else:
                 decision = Decision("sdpa", f"{decision.backend} was refused at launch: {error}")
     stats.count(decision.backend, decision.reason)
+    if decision.backend == "cuda" and not switches.current().debug:
+        _build.core.confirm_launch(decision.backend, decision.reason)
     return result
 
 
@@ -83,6 +86,7 @@ def refresh_routing() -> None:
     """
     global _policy_read
     _policy_read = False
+    _forget_launches()
     switches.refresh()
     _read_policy()
 
@@ -125,6 +129,7 @@ def _remember_refusal(call: Call, error: KernelLaunchError) -> None:
     with _lock:
         first = (call.device_index, kernel) not in _refused
         _refused = _refused | {(call.device_index, kernel)}
+    _forget_launches()
     if first:
         warnings.warn(
             f"nsa_sel: kernel {kernel} was refused at launch on device {call.device_index} ({error}); "
@@ -132,3 +137,28 @@ def _remember_refusal(call: Call, error: KernelLaunchError) -> None:
             RuntimeWarning,
             stacklevel=5,
         )
+
+
+def _forget_launches() -> None:
+    """Empty the cache of prepared launches: what routing would say now may differ."""
+    if _build.core is not None:
+        _build.core.forget_launches()
+
+
+def _cached() -> Any:
+    """Return the function that every eager call goes through: the cache before `_attend`, where torch allows one."""
+    core = _build.core
+    if core is None or not core.set_up_calls(
+        lambda *arguments, **keywords: _attend(*arguments, **keywords),  # looked up late, so that it can be replaced
+        torch.Tensor,
+        torch.nn.Parameter,
+        torch.empty,
+        torch.is_grad_enabled,
+        torch._C._len_torch_function_stack,
+        forward_ad,
+    ):
+        return _attend
+    return core.attend
+
+
+attend = _cached()

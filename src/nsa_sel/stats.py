@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from nsa_sel import _fork
+from nsa_sel import _build, _fork
 
 _lock = _fork.lock()
 _counts: dict[str, dict[str, int]] = {}
@@ -26,10 +26,16 @@ def stats() -> dict[str, dict[str, int]]:
     {'sdpa': {'tensors on cpu': 1}}
     """
     with _lock:
-        return {backend: dict(reasons) for backend, reasons in _counts.items()}
+        found = {backend: dict(reasons) for backend, reasons in _counts.items()}
+    for backend, reason, calls in _build.core.served() if _build.core is not None else ():
+        reasons = found.setdefault(backend, {})
+        reasons[reason] = reasons.get(reason, 0) + calls
+    return found
 
 
 def reset_stats() -> None:
     """Set every count back to nothing."""
     with _lock:
         _counts.clear()
+    if _build.core is not None:
+        _build.core.reset_served()
