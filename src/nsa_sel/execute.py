@@ -52,7 +52,7 @@ def run(call: Call, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor |
                 decision = Decision("sdpa", f"{decision.backend} was refused at launch: {error}")
     stats.count(decision.backend, decision.reason)
     if decision.backend == "cuda" and not switches.current().debug:
-        _build.core.confirm_launch(decision.backend, decision.reason)
+        cuda.core.confirm_launch(decision.backend, decision.reason)
     return result
 
 
