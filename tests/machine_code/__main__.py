@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-from tests.machine_code import clock
+from tests.machine_code import bandwidth, clock
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Print the stages of each instruction set as a table, or as one line of JSON."""
     parser = argparse.ArgumentParser(
         prog="python -m tests.machine_code", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -23,8 +24,12 @@ def main() -> None:
     parser.add_argument("--arch", choices=["sm_80", "sm_90"], action="append", help="default: both")
     parser.add_argument("--cubin", type=Path, help="machine code of one decode kernel, in place of this checkout's")
     parser.add_argument("--functions", action="store_true", help="every source function of one whole row, not stages")
+    parser.add_argument("--bandwidth", action="store_true", help="shares of the memory bandwidth, by batch and GPU")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    if arguments.bandwidth:
+        bandwidth.main()
+        return
     archs = arguments.arch or ["sm_90", "sm_80"]
     found = {}
     for arch in archs:

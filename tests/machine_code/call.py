@@ -81,6 +81,7 @@ def selection_attention(
     loads: str = "cp.async",
     programs: Callable[[str, str], Program] = code.program,
     limit: int = 10**10,
+    clusters: int = 0,
     **keywords: Any,
 ) -> Run:
     """Run the decode kernel's machine code on CPU tensors; other arguments as in `nsa_sel.selection_attention`.
@@ -93,6 +94,8 @@ def selection_attention(
         loads: "cp.async", or "bulk": the experimental instances of sm_90.
         programs: gives the machine code of a kernel on an instruction set; the installed package's by default.
         limit: of instructions, beyond which a grid counts as endless.
+        clusters: run only so many of the first grid's clusters (blocks where there are none), for the clock; the
+            results are then not whole.
 
     Raises:
         MachineCodeError: the machine code did what it must not.
@@ -122,7 +125,10 @@ def selection_attention(
             shared_bytes=grid.shared_bytes,
             model=model,
             limit=limit,
+            clusters=clusters,
         )
+        if clusters:
+            break
     counts = sum((Counter(r.counts) for r in results.values()), Counter())
     clocks = round(sum(r.end for r in results.values()))
     return Run(call.out, call.lse, clocks, counts, results, figures)

@@ -32,7 +32,8 @@ class Model:
         hmma_every: between two HMMAs of one scheduler.
         bytes_per_clock: that one SM gets from L2.
         contention: warps share schedulers, the shared-memory port and tensor cores.
-        cold: whose first touch of a 128-byte line takes `dram`: 0 nothing's, 1 that of K and V, 2 of everything.
+        cold: what takes `dram`: 0 nothing, 1 the first touch of a 128-byte line of K and V, 2 of everything, 3 every
+            touch of K and V.
     """
 
     l2: float = 280
@@ -55,7 +56,10 @@ class _Model(ctypes.Structure):
 class _Launch(ctypes.Structure):
     _fields_ = [
         ("parameters", ctypes.c_void_p),
-        *((n, ctypes.c_int64) for n in ("bytes", "grid", "cluster", "warps", "shared_bytes", "stages", "limit")),
+        *(
+            (n, ctypes.c_int64)
+            for n in ("bytes", "grid", "cluster", "warps", "shared_bytes", "stages", "limit", "clusters")
+        ),
     ]
 
 
@@ -172,8 +176,9 @@ def launch(
     shared_bytes: int = 0,
     model: Model | None = None,
     limit: int = 10**10,
+    clusters: int = 0,
 ) -> Result:
-    """Run every block of a grid; more than `limit` instructions are a fault.
+    """Run every block of a grid, or its first clusters; more than `limit` instructions are a fault.
 
     Raises:
         MachineCodeError: whatever is wrong, with block, warp, address and instruction.
@@ -190,6 +195,7 @@ def launch(
         shared_bytes,
         len(program.stages),
         limit,
+        clusters,
     )
     text = (
         library()

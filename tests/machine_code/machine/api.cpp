@@ -19,7 +19,7 @@ extern "C" {
 
 struct LaunchRequest {
   const void* parameters;
-  int64_t parameter_bytes, grid, cluster, warps, shared_bytes, stages, limit;
+  int64_t parameter_bytes, grid, cluster, warps, shared_bytes, stages, limit, clusters;
 };
 
 mc::Program* machine_program(const char* listing, int capability) {
@@ -59,7 +59,7 @@ const char* machine_launch(const mc::Program* program, mc::Global* memory, const
     launch.limit = request->limit;
     std::ostringstream out;
     try {
-      launch.run(int(request->grid), int(request->warps), uint32_t(request->shared_bytes));
+      launch.run(int(request->grid), int(request->warps), uint32_t(request->shared_bytes), int(request->clusters));
     } catch (const mc::Fault& fault) {
       out << "fault\t" << fault.what() << '\n';
     }

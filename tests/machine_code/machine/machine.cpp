@@ -320,9 +320,10 @@ void Launch::at(double time, std::function<void()> action) { events.push({time, 
 
 double Launch::global_latency(const uint64_t* addresses, Mask m) {
   if (model.cold == 0 || m == 0) return model.l2;
-  if (model.cold == 1) {
+  if (model.cold != 2) {
     const std::string& name = memory.name_of(addresses[__builtin_ctz(m)]);
     if (name[0] != 'k' && name[0] != 'v') return model.l2;
+    if (model.cold == 3) return model.dram;
   }
   bool fresh = false;
   for (int i = 0; i < 32; ++i) {
@@ -331,11 +332,12 @@ double Launch::global_latency(const uint64_t* addresses, Mask m) {
   return fresh ? model.dram : model.l2;
 }
 
-void Launch::run(int grid, int warps, uint32_t shared_bytes) {
+void Launch::run(int grid, int warps, uint32_t shared_bytes, int clusters) {
   counts.assign(program.counters.size(), 0);
   visited.assign(program.code.size(), false);
   set_constants(grid, warps);
-  for (int first = 0; first < grid; first += cluster_size) run_cluster(first, warps, shared_bytes);
+  const int stop = clusters > 0 ? std::min(grid, clusters * cluster_size) : grid;
+  for (int first = 0; first < stop; first += cluster_size) run_cluster(first, warps, shared_bytes);
 }
 
 void Launch::run_cluster(int first_block, int warps, uint32_t shared_bytes) {

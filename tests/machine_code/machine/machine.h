@@ -207,8 +207,8 @@ struct Launch {
   uint32_t constant(int bank, uint32_t at) const;
   void at(double time, std::function<void()> action);
   void mark(const std::string& what, double time) { marks.emplace(what, time); }
-  double global_latency(const uint64_t* addresses, Mask m);  // from asking to arrival
-  void run(int grid, int warps, uint32_t shared_bytes);
+  double global_latency(const uint64_t* addresses, Mask m);            // from asking to arrival
+  void run(int grid, int warps, uint32_t shared_bytes, int clusters);  // 0: all of them
 
  private:
   void run_cluster(int first_block, int warps, uint32_t shared_bytes);

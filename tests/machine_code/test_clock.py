@@ -1,0 +1,48 @@
+"""The clock's stages keep to their budgets, its output to its form. Clocks of a model: exact, the same everywhere."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.machine_code import __main__ as command
+from tests.machine_code import bandwidth, clock
+from tests.machine_code.native import Model
+
+# Clocks at most, by the model; a change of the kernel that costs more has to say why it is worth it.
+BUDGETS = {
+    "sm_90": {
+        "first_byte": 5800, "map_32": 390, "map_32_paged": 860, "load_tile": 850, "key_tile": 700, "value_tile": 1600,
+        "begin_item": 270, "softmax": 1100, "merge_cluster": 1650, "combine": 5400, "chain_b1": 18600,
+    },
+    "sm_80": {
+        "first_byte": 5300, "map_32": 390, "map_32_paged": 860, "load_tile": 790, "key_tile": 650, "value_tile": 1360,
+        "begin_item": 290, "softmax": 1100, "merge_cluster": 5300, "combine": 5300, "chain_b1": 20300,
+    },
+}  # fmt: skip
+
+
+def test_every_stage_keeps_to_its_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    command.main(["--json"])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("model")
+    figures = json.loads(lines[-1])
+    assert list(figures) == ["sm_90", "sm_80"]
+    for arch, budgets in BUDGETS.items():
+        assert list(figures[arch]) == list(clock.KEYS)
+        over = {name: (value, budgets[name]) for name, value in figures[arch].items() if not 0 < value <= budgets[name]}
+        assert not over, f"{arch}: clocks over their budget (got, allowed): {over}"
+
+
+def test_what_the_model_assumes_moves_what_it_should() -> None:
+    warm, cold = (clock.Problem(model=Model(cold=c)).run() for c in (0, 2))
+    assert cold.decode.marks["copy of k"] - warm.decode.marks["copy of k"] >= 720  # one trip to DRAM at least
+    slow = clock.Problem(model=Model(bytes_per_clock=5)).run()
+    assert slow.clocks > 1024 * 640 / 5  # a row's bytes over the link
+    assert slow.counts == warm.counts
+
+
+def test_more_requests_reach_a_larger_share_of_the_bandwidth() -> None:
+    shares = [bandwidth.share(bandwidth.SHAPES[0], B, bandwidth.H200) for B in (1, 8, 64)]
+    assert 0 < shares[0] < shares[1] < shares[2] < 1
