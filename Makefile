@@ -83,10 +83,11 @@ build/torch/%/.stamp: pyproject.toml
 MACHINE := $(shell uname -m)
 wheel: $(VENV)/.stamp-wheel
 	rm -rf build/wheel && mkdir -p build/wheel
-	printf '#!/bin/sh\nexec "%s" -m ziglang c++ -target $(MACHINE)-linux-gnu.2.28 "$$@"\n' "$(abspath $(BIN))/python" \
-	  > build/wheel/c++ && chmod +x build/wheel/c++
+	zig="$$($(BIN)/python -c 'import ziglang, pathlib; print(pathlib.Path(ziglang.__file__).with_name("zig"))')" && \
+	  printf '#!/bin/sh\nexec "%s" c++ -target $(MACHINE)-linux-gnu.2.28 "$$@"\n' "$$zig" > build/wheel/c++ && \
+	  chmod +x build/wheel/c++
 	CXX="$(abspath build/wheel)/c++" NSA_SEL_REQUIRE_KERNELS=$(NSA_SEL_REQUIRE_KERNELS) \
-	  $(PIP) wheel . --no-deps --wheel-dir build/wheel
+	  $(PIP) wheel . --no-deps --wheel-dir build/wheel --config-settings=build-dir=build/wheel/cmake
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheel/*.whl
 	for wheel in dist/*.whl; do $(BIN)/auditwheel show "$$wheel"; done
 	@ls -l dist

@@ -182,6 +182,13 @@ PYBIND11_MODULE(_core, m) {
         "Loads an instance for a device. Why it cannot run there, remembered, or None; raises what is no such reason.",
         py::arg("device"), py::arg("instance"));
   m.def("forget_kernel_bars", &nsa_sel::forget_kernel_bars, "Lets kernel_bar try again.");
+  m.def(
+      "max_active_clusters",
+      [](int device, int kernel, unsigned grid, unsigned block, unsigned smem_bytes, unsigned cluster) {
+        return nsa_sel::max_active_clusters(device, kernel, {grid, block, smem_bytes, cluster, false});
+      },
+      Unlocked(), "How many clusters of a kernel the device holds at once.", py::arg("device"), py::arg("kernel"),
+      py::kw_only(), py::arg("grid"), py::arg("block"), py::arg("smem_bytes"), py::arg("cluster"));
   m.def("device_limits", &nsa_sel::device_limits, Unlocked(), "Limits of a GPU by its index.", py::arg("device"));
   m.def("error_string", &nsa_sel::error_string, "Name and text of a code of run().", py::arg("code"));
   m.def("is_refusal", &nsa_sel::is_refusal, "Whether the device will never take this launch and can go on with others.",

@@ -31,7 +31,7 @@ def clean_routing(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.Temp
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.getbasetemp() / "no-configuration"))
     monkeypatch.setattr(execute, "_refused", frozenset())
-    monkeypatch.setattr(execute, "_warned_no_kernels", False)
+    monkeypatch.setattr(execute, "_warned", set())
     nsa_sel.refresh_routing()
     nsa_sel.reset_stats()
 

@@ -1,4 +1,4 @@
-"""What this build and this machine offer: the compiled module if it is there, and the GPU behind a device index."""
+"""What this build holds: the compiled module, if it is there, and what it says of itself."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
-
-import torch
 
 from nsa_sel.errors import BackendError
 
@@ -28,15 +26,6 @@ try:
     __version__ = importlib.metadata.version("nsa-sel")
 except importlib.metadata.PackageNotFoundError:  # imported from a source tree that was never installed
     __version__ = "0+source"
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceInfo:
-    """The GPU that holds the tensors."""
-
-    name: str  # as the driver reports it; the key of a policy
-    capability: tuple[int, int]
-    sm_count: int = 0
 
 
 class Instance(NamedTuple):
@@ -127,10 +116,3 @@ def routing_build() -> BuildInfo:
         ),
         architectures=tuple(int(a) for a in info["architectures"]),
     )
-
-
-@functools.cache
-def device_info(index: int) -> DeviceInfo:
-    """Return name, compute capability and number of SMs of a GPU."""
-    properties = torch.cuda.get_device_properties(index)
-    return DeviceInfo(properties.name, (properties.major, properties.minor), properties.multi_processor_count)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch.autograd import forward_ad
 
-from nsa_sel import _overlap
+from nsa_sel import _overlap, devices
 from nsa_sel.call import Call
 from nsa_sel.errors import ArgumentError, ArgumentTypeError, AutogradError
 
@@ -127,12 +127,13 @@ def check(
             },
         )  # fmt: skip
 
+    device_type, device_index = devices.place(device)
     return Call(
         q=q, k=k, v=v, ranges=ranges, block_indices=block_indices, counts=counts, seq_lens=seq_lens,
         block_table=block_table, table_rows=table_rows, out=out,
         B=B, S=S, G=G, h=h, Dk=Dk, Dv=Dv, S_kv=S_kv, n=n,
         page_size=page_size, num_pages=num_pages, num_tables=num_tables, block_size=block_size or 0,
-        dtype=DTYPE_NAMES[dtype], device_type=device.type, device_index=device.index or 0,
+        dtype=DTYPE_NAMES[dtype], device_type=device_type, device_index=device_index,
         causal=causal, max_selected=max_selected, scale=scale, return_lse=return_lse, batch_invariant=batch_invariant,
         requires_grad=requires_grad,
     )  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.autograd import forward_ad
 
-from nsa_sel import _build, _fork, backends, debug, routing, stats, switches
+from nsa_sel import _build, _fork, backends, debug, devices, routing, stats, switches
 from nsa_sel import policy as policies
 from nsa_sel.backends import cuda
 from nsa_sel.call import Call
@@ -20,7 +20,7 @@ _lock = _fork.lock()
 _refused: frozenset[tuple[int, str]] = frozenset()  # (device index, kernel): never tried again by "auto"
 _policy: policies.Policy | None = None
 _policy_read = False
-_warned_no_kernels = False
+_warned: set[str] = set()
 
 
 def _attend(backend: str, /, *arguments: Any, **keywords: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -32,8 +32,8 @@ def _attend(backend: str, /, *arguments: Any, **keywords: Any) -> torch.Tensor |
 def run(call: Call, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run a checked call on the backend that `route` chooses, and count it once it has run."""
     decision = route(call, backend)
-    if backend == "auto" and call.device_type == "cuda":
-        _warn_once_without_kernels()
+    if backend == "auto" and call.device_type == "cuda" and decision.backend != "cuda":
+        _warn_once(cuda.unusable(call), decision.reason)
     while True:
         try:
             result = _run_on(decision, call)
@@ -58,7 +58,7 @@ def run(call: Call, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor |
 
 def route(call: Call, backend: str = "auto") -> Decision:
     """Decide on this machine, with this build, the policy and the switches as first read."""
-    device = _build.device_info(call.device_index) if call.device_type == "cuda" else None
+    device = devices.info(call.device_index) if call.device_type == "cuda" else None
     return routing.decide(
         call,
         device,
@@ -78,7 +78,9 @@ def _run_on(decision: Decision, call: Call) -> tuple[torch.Tensor, torch.Tensor 
 
 
 def refresh_routing() -> None:
-    """Read the switches (NSA_SEL_*) and the policy again; they are otherwise read once, by the first call.
+    """Read the switches (NSA_SEL_*) and the policy again, and let kernels that did not load be tried again.
+
+    Switches and policy are otherwise read once, by the first call.
 
     Raises:
         SwitchError: a switch holds an unknown value.
@@ -89,6 +91,8 @@ def refresh_routing() -> None:
     _forget_launches()
     switches.refresh()
     _read_policy()
+    if _build.routing_build().kernels:
+        cuda.core.forget_kernel_bars()
 
 
 def _read_policy() -> policies.Policy | None:
@@ -100,19 +104,15 @@ def _read_policy() -> policies.Policy | None:
     return _policy
 
 
-def _warn_once_without_kernels() -> None:
-    global _warned_no_kernels
-    build = _build.routing_build()
-    if build.kernels or _warned_no_kernels:
+def _warn_once(why: str | None, reason: str) -> None:
+    """Say why CUDA tensors cannot come to the kernel, if that decided and was not said before."""
+    if why is None or why not in reason or why in _warned:
         return
     with _lock:
-        first, _warned_no_kernels = not _warned_no_kernels, True
+        first = why not in _warned
+        _warned.add(why)
     if first:
-        warnings.warn(
-            f"nsa_sel: CUDA tensors, but this build has no kernels ({build.reason}); packed SDPA runs instead",
-            RuntimeWarning,
-            stacklevel=5,
-        )
+        warnings.warn(f"nsa_sel: CUDA tensors, but {why}; packed SDPA runs instead", RuntimeWarning, stacklevel=5)
 
 
 def _refusal(call: Call) -> str | None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from nsa_sel._build import DeviceInfo
 from nsa_sel.call import Call
+from nsa_sel.devices import DeviceInfo
 from nsa_sel.errors import ArgumentError, ArgumentTypeError, BackendError
 from nsa_sel.policy import Policy
 from nsa_sel.switches import Switches

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import nsa_sel
-from nsa_sel import _build, execute, switches
-from nsa_sel._build import BuildInfo, DeviceInfo, Instance
+from nsa_sel import _build, devices, execute, switches
+from nsa_sel._build import BuildInfo, Instance
 from nsa_sel.backends import cuda
 from nsa_sel.call import Call
 from nsa_sel.check import check
+from nsa_sel.devices import DeviceInfo
 from nsa_sel.policy import Policy, Rule
 from nsa_sel.routing import Decision, decide
 from nsa_sel.switches import Switches
@@ -121,7 +122,7 @@ def test_a_refusal_concerns_one_device_and_one_instance(
     refused: set[tuple[int, str]], runs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_build, "routing_build", lambda: BUILD)
-    monkeypatch.setattr(_build, "device_info", lambda index: H200)
+    monkeypatch.setattr(devices, "info", lambda index: H200)
     monkeypatch.setattr(execute, "_refused", frozenset(refused))
     assert execute.route(kernel_call()).backend == runs
 

@@ -163,7 +163,7 @@ def test_info_shows_what_auto_runs_on_each_device(monkeypatch: pytest.MonkeyPatc
     """A made-up GPU: what is shown is routing's own word for it."""
     from types import SimpleNamespace
 
-    from nsa_sel import _build, execute
+    from nsa_sel import execute
 
     properties = SimpleNamespace(name="Made Up 40", major=8, minor=9, multi_processor_count=128, total_memory=24 << 30)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -176,7 +176,6 @@ def test_info_shows_what_auto_runs_on_each_device(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(execute, "route", route)
     shown = flat(invoke("info").output)
-    _build.device_info.cache_clear()
     for expected in ("0 Made Up 40", "8.9", "128", "NSA paper", "MiniMax-M3", "a reason to be shown"):
         assert expected in shown
     assert [(p.Dk, p.Dv, p.max_selected, p.device_type) for p in asked] == [  # type: ignore[attr-defined]

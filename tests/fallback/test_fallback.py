@@ -11,10 +11,11 @@ import pytest
 import torch
 
 import nsa_sel
-from nsa_sel import _build, api, backends, execute
-from nsa_sel._build import BuildInfo, DeviceInfo
+from nsa_sel import _build, api, backends, devices, execute
+from nsa_sel._build import BuildInfo
 from nsa_sel.backends import sdpa
 from nsa_sel.call import Call
+from nsa_sel.devices import DeviceInfo
 from nsa_sel.errors import KernelLaunchError, PlanError
 from nsa_sel.policy import save
 from tests.contract.test_routing import BUILD, H200, NO_KERNELS, OFF, small_call
@@ -45,7 +46,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch) -> Any:
         real_get, real_check = backends.get, execute.check
         monkeypatch.setattr(backends, "get", lambda name: kernels if name == "cuda" else real_get(name))
         monkeypatch.setattr(_build, "routing_build", lambda: build)
-        monkeypatch.setattr(_build, "device_info", lambda index: device)
+        monkeypatch.setattr(devices, "info", lambda index: device)
 
         def check_on_gpu(*arguments: Any, **keywords: Any) -> Call:
             return replace(real_check(*arguments, **keywords), device_type="cuda")

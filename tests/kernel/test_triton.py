@@ -16,10 +16,10 @@ import pytest
 import torch
 
 import nsa_sel
-from nsa_sel._build import DeviceInfo
 from nsa_sel.backends import triton as backend
 from nsa_sel.call import Call
 from nsa_sel.check import check
+from nsa_sel.devices import DeviceInfo
 from nsa_sel.errors import BackendError, KernelLaunchError
 from nsa_sel.measure.run import tune
 from nsa_sel.testing import Inputs, assert_matches_reference, make_inputs

@@ -11,8 +11,8 @@ from typing import Protocol, cast
 
 import torch
 
-from nsa_sel._build import DeviceInfo
 from nsa_sel.call import Call
+from nsa_sel.devices import DeviceInfo
 
 NAMES = ("cuda", "triton", "sdpa")
 

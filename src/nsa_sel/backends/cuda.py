@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from nsa_sel import _build
-from nsa_sel._build import DeviceInfo
+from nsa_sel import _build, devices
+from nsa_sel._build import BuildInfo
 from nsa_sel.backends import _request
 from nsa_sel.call import Call
+from nsa_sel.devices import DeviceInfo
 from nsa_sel.errors import KernelLaunchError, PlanError
 
 core: Any = _build.core
@@ -36,13 +37,36 @@ def limits(call: Call, device: DeviceInfo | None) -> str | None:
         return "gradients required"
     build = _build.routing_build()
     if not build.kernels:
-        return f"this build has no kernels: {build.reason}"
+        return _no_kernels(build)
     if build.instance_for(call.dtype, call.Dk, call.Dv, call.h) is None:
         found = f"{call.dtype} Dk={call.Dk} Dv={call.Dv} h={call.h}"
         return f"no kernel compiled for {found} (its dims are multiples of 64; build_info() lists them)"
     if not build.runs_on(device.capability):
         return f"no kernel compiled for compute capability {device.capability[0]}.{device.capability[1]}"
-    return kernel_limits(call)
+    return kernel_limits(call) or _driver_bar(call)
+
+
+def unusable(call: Call) -> str | None:
+    """Say why this build, driver and GPU do not go together for a call that the kernel could take, or None."""
+    build = _build.routing_build()
+    if not build.kernels:
+        return _no_kernels(build)
+    return _driver_bar(call)
+
+
+def _no_kernels(build: BuildInfo) -> str:
+    return f"this build has no kernels: {build.reason}"
+
+
+def _driver_bar(call: Call) -> str | None:
+    """Load the call's kernels unless they are, and say why driver, GPU and build do not go together, or None."""
+    index = _kernel_indices().get(kernel_name(call))
+    return None if index is None else core.kernel_bar(call.device_index, index)
+
+
+@functools.cache
+def _kernel_indices() -> dict[str, int]:
+    return {instance["name"]: index for index, instance in enumerate(_build.build_info()["instances"])}
 
 
 def kernel_limits(call: Call) -> str | None:
@@ -93,9 +117,9 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
         KernelLaunchError: the device refused the launch and can go on (the caller may fall back).
         RuntimeError: any other CUDA error: a lost context, a broken capture, no memory.
     """
-    device = call.q.device
+    device, index = call.q.device, call.device_index
     shape = (call.B, call.S, call.G, call.h)
-    with torch.cuda.device(device):
+    with devices.current(index):
         target = call.out
         if target is None or not _row_aligned(target):
             out = torch.empty((*shape, call.Dv), dtype=call.v.dtype, device=device)
@@ -103,14 +127,13 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
             out = target
         lse = torch.empty(shape, dtype=torch.float32, device=device) if call.return_lse else None
         if out.numel() > 0:
-            launch = plan(call, out, lse, device_limits(device.index))
+            launch = plan(call, out, lse, device_limits(index))
             workspace = None
             if launch.workspace_floats > 0:
                 workspace = torch.empty(launch.workspace_floats, dtype=torch.float32, device=device)
-            stream = torch.cuda.current_stream(device).cuda_stream
-            code = launch.run(0 if workspace is None else workspace.data_ptr(), device.index, stream)
+            code = launch.run(0 if workspace is None else workspace.data_ptr(), index, devices.stream(index))
             if code != 0:
-                message = f"decode kernel on {torch.cuda.get_device_name(device)}: {core.error_string(code)}"
+                message = f"decode kernel on {devices.info(index).name}: {core.error_string(code)}"
                 raise KernelLaunchError(message) if core.is_refusal(code) else RuntimeError(message)
             if target is None or target is out:
                 offer(call, launch)

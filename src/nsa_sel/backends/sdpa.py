@@ -17,12 +17,12 @@ import torch
 from torch._C._functorch import is_legacy_batchedtensor
 
 from nsa_sel import _fork
-from nsa_sel._build import DeviceInfo
 from nsa_sel.backends import _backward, _cpu, _gather, _pieces
 from nsa_sel.backends._gather import Counters, Selection
 from nsa_sel.backends._pieces import accumulator
 from nsa_sel.backends._plan import MEMORY_BUDGET, Chunk, captured_bound, make_plan
 from nsa_sel.call import Call
+from nsa_sel.devices import DeviceInfo
 
 _totals = Counters()
 _lock = _fork.lock()

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from nsa_sel._build import DeviceInfo
 from nsa_sel.call import Call
 from nsa_sel.check import check
+from nsa_sel.devices import DeviceInfo
 from nsa_sel.errors import ArgumentError, KernelLaunchError
 
 _DTYPES = ("float16", "bfloat16")

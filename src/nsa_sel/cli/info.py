@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 import nsa_sel
-from nsa_sel import execute, facts, policy, switches
+from nsa_sel import _build, execute, facts, policy, switches
 from nsa_sel.check import check
 from nsa_sel.demo.shapes import SHAPES, Shape
 
@@ -81,6 +81,7 @@ def collect() -> dict[str, Any]:
     current = asdict(switches.current())
     return {
         "build": nsa_sel.build_info(),
+        "driver": _driver(),
         "torch": {"version": torch.__version__, "cuda": torch.version.cuda},
         "devices": [_device(index) for index in range(torch.cuda.device_count())],
         "switches": {**current, "debug": sorted(current["debug"])},
@@ -89,6 +90,15 @@ def collect() -> dict[str, Any]:
             "exists": policy.find(current["policy"]) is not None and os.access(path, os.F_OK),
         },
     }
+
+
+def _driver() -> str:
+    core = _build.core
+    if core is None or not nsa_sel.build_info()["kernels"]:
+        return "not looked for: this build has no kernels"
+    bar = core.driver_bar()
+    version = 0 if bar else core.driver_version()
+    return str(bar) if bar else f"CUDA {version // 1000}.{version % 1000 // 10}"
 
 
 def _device(index: int) -> dict[str, Any]:
@@ -124,6 +134,7 @@ def show(found: dict[str, Any], console: Console) -> None:
     if build["kernels"]:
         table.add_row("architectures", ", ".join(f"sm_{a}" for a in build["architectures"]))
         table.add_row("compiler", f"{build['compiler']}; oldest driver {build['oldest_driver']}")
+    table.add_row("driver", found["driver"])
     table.add_row("torch", f"{found['torch']['version']} (CUDA {found['torch']['cuda'] or 'none'})")
     table.add_row("policy", f"{found['policy']['path']}{'' if found['policy']['exists'] else ' (no such file)'}")
     table.add_row("switches", ", ".join(f"{name}={value}" for name, value in found["switches"].items()))
