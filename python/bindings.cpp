@@ -1,5 +1,6 @@
 // bindings.cpp - the Python module nsa_sel._core: names, keyword arguments, GIL. What it binds lives in cpp/ and cuda/.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>  // std::optional
 
 #include <cstdint>
 #include <cstring>

@@ -91,8 +91,8 @@ def refresh_routing() -> None:
     _forget_launches()
     switches.refresh()
     _read_policy()
-    if _build.routing_build().kernels:
-        cuda.core.forget_kernel_bars()
+    if _build.core is not None and _build.build_info()["kernels"]:
+        _build.core.forget_kernel_bars()
 
 
 def _read_policy() -> policies.Policy | None:

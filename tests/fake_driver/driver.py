@@ -6,6 +6,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from nsa_sel import devices
 from nsa_sel.devices import DeviceInfo, StandIn
@@ -38,6 +39,22 @@ def library() -> Path:
     return target
 
 
+LAUNCH = ctypes.CFUNCTYPE(
+    ctypes.c_int, ctypes.c_char_p, *[ctypes.c_uint] * 4, ctypes.c_int, ctypes.c_void_p
+)  # emu_launch
+
+
+def writable_memory() -> list[tuple[int, int]]:
+    """Return (start, bytes) of what this process has mapped to write to; not what is only reserved."""
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, rights = line.split()[:2]
+        start, end = (int(part, 16) for part in span.split("-"))
+        if rights.startswith("rw") and end - start < 2**32:
+            found.append((start, end - start))
+    return found
+
+
 class FakeDriver:
     """The loaded driver. Loading it first is what makes nsa_sel's own look for libcuda.so.1 end here."""
 
@@ -46,6 +63,7 @@ class FakeDriver:
         self.lib.fake_record.restype = ctypes.c_char_p
         self.lib.fake_set.argtypes = [ctypes.c_char_p, ctypes.c_longlong]
         self.lib.fake_emulator.argtypes = [ctypes.c_void_p]
+        self.findings: list[str] = []  # of the emulator
         self.set(**settings)
 
     def set(self, device: int | None = None, **settings: int) -> None:
@@ -66,11 +84,24 @@ class FakeDriver:
         self.lib.fake_miss(function.encode())
 
     def emulate(self) -> None:
-        """Hand launches to the kernel's sources on the emulator, which checks nothing but runs them."""
+        """Hand launches to the kernel's sources on the emulator, which runs them and checks no races.
+
+        Like a GPU it is given no tensors: whatever this process may write is memory to it.
+        """
         emulator, lib = abi.library("fast")
-        emulator.unregister_all()
-        emulator.reset(0, check=False)
-        self.lib.fake_emulator(ctypes.cast(lib.emu_launch, ctypes.c_void_p))
+        lib.emu_launch.argtypes = [ctypes.c_char_p, *[ctypes.c_uint] * 4, ctypes.c_int, ctypes.c_void_p]
+
+        def launch(*arguments: Any) -> int:
+            emulator.unregister_all()
+            for start, size in writable_memory():
+                emulator.register(f"{start:x}", start, size, writable=True, tracked=False)
+            emulator.reset(0, check=False)
+            code = int(lib.emu_launch(*arguments))
+            self.findings += emulator.findings()
+            return code
+
+        self._callback = LAUNCH(launch)
+        self.lib.fake_emulator(ctypes.cast(self._callback, ctypes.c_void_p))
 
     def record(self) -> list[str]:
         """Return a line for each call so far."""
