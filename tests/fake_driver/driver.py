@@ -10,7 +10,8 @@ from typing import Any
 
 from nsa_sel import devices
 from nsa_sel.devices import DeviceInfo, StandIn
-from tests.host_run import abi, build
+from tests.host_run import build
+from tests.host_run.abi import library as kernels_library
 
 SOURCE = Path(__file__).with_name("fake_cuda.cpp")
 OUT_OF_MEMORY, INVALID_IMAGE, NO_BINARY, UNSUPPORTED_PTX, NOT_FOUND = 2, 200, 209, 222, 500
@@ -19,7 +20,7 @@ H100 = {"capability": 90, "sm_count": 132, "smem_per_block": 232_448, "smem_per_
 A100 = {"capability": 80, "sm_count": 108, "smem_per_block": 166_912, "smem_per_sm": 167_936}
 
 
-def library() -> Path:
+def built() -> Path:
     """Build the driver once; it is found by the name that every NVIDIA driver has."""
     command = [
         build.compiler(),
@@ -59,7 +60,7 @@ class FakeDriver:
     """The loaded driver. Loading it first is what makes nsa_sel's own look for libcuda.so.1 end here."""
 
     def __init__(self, **settings: int) -> None:
-        self.lib = ctypes.CDLL(str(library()), mode=ctypes.RTLD_GLOBAL)
+        self.lib = ctypes.CDLL(str(built()), mode=ctypes.RTLD_GLOBAL)
         self.lib.fake_record.restype = ctypes.c_char_p
         self.lib.fake_set.argtypes = [ctypes.c_char_p, ctypes.c_longlong]
         self.lib.fake_emulator.argtypes = [ctypes.c_void_p]
@@ -88,7 +89,7 @@ class FakeDriver:
 
         Like a GPU it is given no tensors: whatever this process may write is memory to it.
         """
-        emulator, lib = abi.library("fast")
+        emulator, lib = kernels_library("fast")
         lib.emu_launch.argtypes = [ctypes.c_char_p, *[ctypes.c_uint] * 4, ctypes.c_int, ctypes.c_void_p]
 
         def launch(*arguments: Any) -> int:

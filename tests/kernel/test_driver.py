@@ -15,7 +15,7 @@ import pytest
 
 import nsa_sel
 from tests.fake_driver import cases, driver
-from tests.host_run import abi
+from tests.host_run.abi import library_file
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = nsa_sel.build_info()
@@ -35,8 +35,8 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def server() -> Iterator[subprocess.Popen[str]]:
     """The process that forks for each case; what cases need is built before, once for all workers."""
-    driver.library()
-    abi.library_file("fast")
+    driver.built()
+    library_file("fast")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.fake_driver.server"]
     with subprocess.Popen(
