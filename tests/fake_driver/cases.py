@@ -7,6 +7,7 @@ import os
 import threading
 import warnings
 from collections import Counter
+from itertools import groupby
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def two_devices_have_modules_of_their_own() -> None:
     for index, capability in ((0, 90), (1, 80), (0, 90)):
         with cpu_tensors_on(capability, index):
             attend(inputs())
-    assert [launch["device"] for launch in driver.launches()] == ["0", "1", "1", "0"]
+    assert [device for device, _ in groupby(launch["device"] for launch in driver.launches())] == ["0", "1", "0"]
     record = driver.record()
     assert {"image machine code sm_90 ABI 7", "image machine code sm_80 ABI 7"} <= set(record)
     assert max(Counter(line for line in record if line.startswith("cuModuleGetFunction")).values()) == 1
