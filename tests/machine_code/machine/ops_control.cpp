@@ -11,13 +11,6 @@ int target_pc(Decoder& x) { return int(x.number() / 16); }
 // .DIV jumps where lanes of the mask are missing, .CONV where none is; .ANY (uniform) where the predicate holds.
 const Opcode bra({"BRA"}, {"DIV", "CONV", "U", "ANY"}, [](Decoder& x) -> Execute {
   if (!x.has("DIV") && !x.has("CONV")) {
-    if (x.next_is_predicate()) {  // a second condition beside the guard
-      const PredicateSource p = x.predicate();
-      const int to = target_pc(x);
-      return [=](Warp& w, Mask m) {
-        if (const Mask taken = p(w) & m; taken != 0) w.jump(to, taken);
-      };
-    }
     const int to = target_pc(x);
     return [to](Warp& w, Mask m) { w.jump(to, m); };
   }
