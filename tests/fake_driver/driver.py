@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nsa_sel import devices
+from nsa_sel import devices, execute
 from nsa_sel.devices import DeviceInfo, StandIn
 from tests.host_run import build
 from tests.host_run.abi import library as kernels_library
@@ -123,7 +123,9 @@ def cpu_tensors_on(capability: int = 90, index: int = 0, stream: int = 7) -> Ite
     """Let CPU tensors stand for those of a GPU."""
     standing = StandIn(DeviceInfo("fake GPU", divmod(capability, 10), 132), index, stream)
     devices.stand_in = lambda: standing
+    execute._forget_launches()  # a kept launch knows the tensors' own device, which is the CPU both times
     try:
         yield
     finally:
         devices.stand_in = None
+        execute._forget_launches()
