@@ -209,7 +209,7 @@ def test_a_process_of_vllm_loads_the_plug_in(
         assert "nsa_sel" not in output, output
 
 
-# A whole vLLM: its engine core and its worker are processes of their own, and each loads the plug-in.
+# A whole vLLM: its engine core and its worker are processes of their own, which load the plug-in or inherit it.
 ENGINE = """
 import sys
 from transformers import LlamaConfig
@@ -230,7 +230,7 @@ if __name__ == "__main__":
 """
 
 
-def test_a_running_vllm_loads_the_plug_in_in_every_process_and_goes_on(tmp_path: Path) -> None:
+def test_a_running_vllm_loads_the_plug_in_and_goes_on(tmp_path: Path) -> None:
     script = tmp_path / "engine.py"  # a file: vLLM starts its processes from it
     script.write_text(ENGINE)
     environment = {**os.environ, "NSA_SEL_VLLM": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
@@ -241,5 +241,4 @@ def test_a_running_vllm_loads_the_plug_in_in_every_process_and_goes_on(tmp_path:
     output = result.stdout + result.stderr
     assert result.returncode == 0, output[-4000:]
     assert "tokens: 4" in output
-    told = {line.split("pid=")[0] for line in output.splitlines() if "vLLM goes on without us: expected a CUDA" in line}
-    assert {"(EngineCore ", "(VllmWorker-0 "} <= told, output[-4000:]
+    assert "nsa_sel: vLLM goes on without us: expected a CUDA platform, got CpuPlatform" in output, output[-4000:]
