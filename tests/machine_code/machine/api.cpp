@@ -9,7 +9,7 @@ namespace {
 std::string result;
 
 const char* failed(const std::exception& error) {
-  result = error.what();
+  result = std::string("fault\t") + error.what() + '\n';
   return result.c_str();
 }
 

@@ -8,10 +8,11 @@ namespace {
 
 int target_pc(Decoder& x) { return int(x.number() / 16); }
 
-// .DIV jumps where lanes of the mask are missing, .CONV where none is; .ANY (uniform) where the predicate holds.
+// .DIV jumps where lanes of the mask are missing, .CONV where none is; .U.ANY where the predicate holds for some lane.
 const Opcode bra({"BRA"}, {"DIV", "CONV", "U", "ANY"}, [](Decoder& x) -> Execute {
   if (!x.has("DIV") && !x.has("CONV")) {
     const int to = target_pc(x);
+    if (x.has("U")) return [to](Warp& w, Mask) { w.jump(to, w.mask); };  // some lane's predicate takes all along
     return [to](Warp& w, Mask m) { w.jump(to, m); };
   }
   const bool when_whole = x.has("CONV");
