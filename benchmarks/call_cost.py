@@ -22,10 +22,11 @@ from unittest import mock
 import torch
 
 import nsa_sel
-from nsa_sel import _build, _core, backends, execute
-from nsa_sel._build import BuildInfo, DeviceInfo, Instance
+from nsa_sel import _build, _core, backends, devices, execute
+from nsa_sel._build import BuildInfo, Instance
 from nsa_sel.backends import cuda
 from nsa_sel.call import Call
+from nsa_sel.devices import DeviceInfo
 
 ROUTES = ("cuda", "triton", "sdpa")
 ROUNDS, CALLS = 15, 400
@@ -86,8 +87,9 @@ def pretended(route: str) -> Iterator[None]:
         for target, name, value in (
             (execute, "check", check),
             (_build, "routing_build", lambda: build),
-            (_build, "device_info", lambda index: H200),
+            (devices, "info", lambda index: H200),
             (cuda, "run", planned),
+            (cuda, "_driver_bar", lambda call: None),
             (backends.get("sdpa"), "run", allocated),
             (backends.get("triton"), "run", allocated),
             (backends.get("triton"), "limits", lambda call, device: None),

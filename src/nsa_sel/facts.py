@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from nsa_sel import _build
+from nsa_sel.backends import _request
 from nsa_sel.errors import BackendError
 
 NOT_MEASURED = "NOT MEASURED"
@@ -178,16 +179,15 @@ def plan(key: Key, gpu: Gpu, *, B: int, G: int = 4, L: int = 1024, h: int | None
     limits = _core().DeviceLimits(
         sm_count=gpu.sm_count, capability=gpu.capability, smem_per_block=gpu.smem_per_block, smem_per_sm=gpu.smem_per_sm
     )  # fmt: skip
-    more = {} if key.loads == "cp.async" else {"loads": key.loads}
-    launch = _core().DecodeLaunch(
-        device=limits, dtype=("float16", "bfloat16").index(key.dtype),
-        shape=(B, 1, G, h, key.Dk, key.Dv, S_kv, n), pointers=(0,) * 8,
+    request = _request.pack_fields(
+        dtype=_request.DTYPES.index(key.dtype), loads=_request.LOADS.index(key.loads),
+        B=B, S=1, G=G, h=h, Dk=key.Dk, Dv=key.Dv, S_kv=S_kv, n=n,
         q_strides=(G * h * key.Dk, G * h * key.Dk, h * key.Dk, key.Dk),
         k_strides=(G * S_kv * key.Dk, S_kv * key.Dk, key.Dk), v_strides=(G * S_kv * key.Dv, S_kv * key.Dv, key.Dv),
         out_strides=(G * h * key.Dv, G * h * key.Dv, h * key.Dv, key.Dv), sel_strides=(G * n, G * n, n, 1),
-        list_strides=(0, 0), pages=(0, 0), block_size=64, index_is_64=True, causal=True, scale=1.0,
-        max_selected=L, batch_invariant=False, num_splits=0, **more,
+        block_size=64, index_is_64=1, causal=1, scale=1.0, max_selected=L,
     )  # fmt: skip
+    launch = _core().DecodeLaunch(request, limits)
     return dict(launch.plan)
 
 

@@ -93,6 +93,7 @@ def test_a_block_far_behind_a_huge_cache_is_behind_it() -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*fork:RuntimeWarning")  # of JAX, where another test has imported it
 @pytest.mark.parametrize(
     "lock", [sys.modules["nsa_sel.stats"]._lock, execute._lock, sdpa._lock], ids=["stats", "execute", "sdpa"]
 )

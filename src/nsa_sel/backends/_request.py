@@ -54,3 +54,14 @@ def pack(
         0 if lengths is None else lengths.stride(0), 0 if table is None else table.stride(0),
         0 if table_rows is None else table_rows.stride(0), call.scale,
     )  # fmt: skip
+
+
+def pack_fields(**values: int | float | tuple[int, ...]) -> bytes:
+    """Return a request of the named members, the others 0: for planning without tensors."""
+    flat: list[int | float] = []
+    for name, count in FIELDS:
+        value = values.pop(name, (0,) * count)
+        flat.extend(value if isinstance(value, tuple) else (value,))
+    if values:
+        raise TypeError(f"pack_fields: expected members of a request, got {sorted(values)}")
+    return _LAYOUT.pack(*flat)
