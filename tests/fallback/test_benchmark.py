@@ -25,7 +25,7 @@ def test_every_case_has_every_contestant_and_a_row(results: list[fallback.Result
     for r in results:
         forward = {"read", "gather", "ours", "naive", "gather_sdpa"}
         assert set(r.ms) == (forward | {"ours_grad", "naive_grad"} if r.B == 1 else forward)
-        assert all(0 < low <= median <= high for median, low, high in r.ms.values())
+        assert all(0 < least <= median <= high for least, median, high in r.ms.values())
         assert r.rounds == 3
     assert results[0].selected_bytes == 2 * 3 * 16 * (16 + 8) * 4
     text = fallback.table(results)

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -93,9 +94,7 @@ def _attend_alike(
     if not problem.batch_invariant:
         part_bytes = places.tokens * 2 * width * call.k.element_size()
         step = min(step, torch.get_num_threads() * max(1, cache_bytes() // part_bytes))
-    keys, values = _buffers(call.k.dtype, step * places.tokens, width)
-    if problem.Dk != problem.Dv:
-        (keys if width > problem.Dk else values).view(-1, width)[:, min(problem.Dk, problem.Dv) :].zero_()
+    keys, values = _buffers(call.k.dtype, step * places.tokens, problem.Dk, problem.Dv)
     # the fused attention takes exponentials of half inputs to 5e-5, which lse shows where few tokens are summed
     shortest = tokens if problem.batch_invariant else int(lengths[-1])
     coarse = call.return_lse and call.q.element_size() == 2 and shortest <= _FEW
@@ -133,17 +132,30 @@ def _attend_alike(
     return out.to(lse.dtype).mul_(torch.exp(lse - total.unsqueeze(1)).unsqueeze(-1)).sum(1), total
 
 
-def _buffers(dtype: torch.dtype, slots: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return memory [slots * width] for K and for V, this thread's own and kept from call to call where it is small."""
+def _buffers(dtype: torch.dtype, slots: int, Dk: int, Dv: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return memory [slots * max(Dk, Dv)] for K and for V, the columns of the narrower one filled up with zeros.
+
+    It is this thread's own and kept from call to call where it is small; nobody writes to the zeros.
+    """
+    width, narrow = max(Dk, Dv), min(Dk, Dv)
     size = slots * width * dtype.itemsize
     half = -(-size // 64) * 64
-    kept: torch.Tensor | None = getattr(_kept, "buffer", None)
+    shape = (dtype, slots, Dk, Dv)
+    kept, zeros = getattr(_kept, "buffer", None), getattr(_kept, "shape", None)
     if kept is None or kept.numel() < 2 * half:
         with torch.inference_mode(False):  # what is made inside of it cannot be written to outside of it
             kept = torch.empty(2 * half, dtype=torch.uint8, device="cpu")
+        zeros = None
         if 2 * half <= _KEPT * torch.get_num_threads() * cache_bytes():
             _kept.buffer = kept
-    return kept[:size].view(dtype), kept[half : half + size].view(dtype)
+    keys, values = kept[:size].view(dtype), kept[half : half + size].view(dtype)
+    if zeros != shape:
+        _kept.shape = None
+        if narrow < width:
+            (keys if Dk < Dv else values).view(-1, width)[:, narrow:].zero_()
+        if kept is getattr(_kept, "buffer", None):
+            _kept.shape = shape
+    return keys, values
 
 
 @dataclass(slots=True)
@@ -157,11 +169,14 @@ class _Places:
     value_index: torch.Tensor
     bias: torch.Tensor | None  # [parts of all rows, 1, 1, slots]: 0, or -inf where no token is selected; None: all are
 
-    def steps(self, queries: torch.Tensor, step: int) -> Iterator[tuple[torch.Tensor, ...]]:
+    def steps(self, queries: torch.Tensor, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]]:
         """Yield the queries, the flat indices and the bias of `step` parts at a time."""
+        if step >= queries.shape[0]:
+            yield queries, self.key_index.view(-1), self.value_index.view(-1), self.bias
+            return
         indices = (t.view(-1).split(step * t.shape[1]) for t in (self.key_index, self.value_index))
         biases = itertools.repeat(None) if self.bias is None else self.bias.split(step)
-        return zip(queries.split(step), *indices, biases)  # noqa: B905 - the last one may be endless
+        yield from zip(queries.split(step), *indices, biases)  # noqa: B905 - the last one may be endless
 
 
 def _locate(call: Call, selection: Selection, rows: np.ndarray, tokens: int, parts: int, masked: bool) -> _Places:
@@ -202,7 +217,10 @@ def _locate(call: Call, selection: Selection, rows: np.ndarray, tokens: int, par
             first[~there] = 0
     group = (rows % problem.G)[:, None]
     keys, key_index = _table(call.k, first, group, piece, unit, problem.Dk >= problem.Dv)
-    values, value_index = _table(call.v, first, group, piece, unit, problem.Dv >= problem.Dk)
+    if call.v.shape == call.k.shape and call.v.stride() == call.k.stride():
+        values, value_index = call.v.as_strided(keys.shape, keys.stride()), key_index
+    else:
+        values, value_index = _table(call.v, first, group, piece, unit, problem.Dv >= problem.Dk)
     bias = None
     if valid is not None:
         valid = valid.repeat(unit, 1).reshape(rows.size * parts, 1, 1, -1)

@@ -22,12 +22,10 @@ class Counters:
 
 @dataclass(slots=True)
 class Selection:
-    """The clamped spans of R rows; position p of a row lies in the first span whose running end is beyond p."""
+    """The clamped spans of R rows."""
 
     start: torch.Tensor  # [R, n] int64, first token of span i
     span: torch.Tensor  # [R, n] int64, tokens of span i
-    ends: torch.Tensor  # [R, n] int64, tokens up to and including span i
-    shift: torch.Tensor  # [R, n] int64, token id minus position inside span i
     length: torch.Tensor  # [R] int64, L of each row (pages that are not there still counted)
     bad_page: torch.Tensor | None  # [1] int64, above 0: a page inside seq_lens is missing; None: no pages
 
@@ -37,40 +35,45 @@ def resolve(call: Call) -> Selection:
     problem = call.problem
     S, S_kv, rows = problem.S, problem.S_kv, problem.rows
     device = call.q.device
-    if call.seq_lens is None:
-        seq = torch.full((1, 1), S_kv, dtype=torch.int64, device=device)
-    else:
+    seq = None  # [B, 1] tokens of each request; None: S_kv of all
+    if call.seq_lens is not None:
         seq = call.seq_lens.to(torch.int64).clamp(0, S_kv).unsqueeze(1)
+    elif call.block_table is not None or (call.causal and S > 1):
+        seq = torch.full((1, 1), S_kv, dtype=torch.int64, device=device)
     if call.table_rows is not None:
+        assert seq is not None
         # an entry without a row of the table has no tokens
         seq = seq.masked_fill(((call.table_rows < 0) | (call.table_rows >= call.num_tables)).unsqueeze(1), 0)
-    kv_len = seq
-    if call.causal and S > 1:
-        kv_len = (kv_len + torch.arange(1 - S, 1, device=device)).clamp_min(0)
-    limit = kv_len[:, :, None, None]  # [B, S, 1, 1], or 1 for B or S
+    limit: torch.Tensor | int = S_kv
+    if seq is not None:
+        kv_len = seq
+        if call.causal and S > 1:
+            kv_len = (seq + torch.arange(1 - S, 1, device=device)).clamp_min(0)
+        limit = kv_len[:, :, None, None]  # [B, S, 1, 1], or 1 for B or S
 
     if call.ranges is not None:
         start, end = call.ranges.to(torch.int64).unbind(-1)
         # both ends are clamped before they are subtracted: the smallest int64 minus anything would wrap around
-        start = torch.minimum(start.clamp_min(0), limit)
-        length = (torch.minimum(end.clamp_min(0), limit) - start).clamp_min(0)
+        start = start.clamp_min(0).clamp_max(limit)
+        span = (end.clamp_min(0).clamp_max(limit) - start).clamp_min(0)
     else:
         assert call.block_indices is not None
-        ids = call.block_indices.to(torch.int64)
-        # ids are cut to the first block behind the cache, so that their product with the size cannot leave 64 bits
-        start = ids.clamp(0, S_kv // call.block_size + 1) * call.block_size
-        length = torch.minimum(start + call.block_size, limit) - torch.minimum(start, limit)
-        length = length.masked_fill(ids < 0, 0)
+        # ids are cut to the first block behind the cache, so that their product with the size cannot leave 64 bits,
+        # and to the one before it, which ends where the cache begins
+        start = call.block_indices.to(torch.int64).clamp(-1, S_kv // call.block_size + 1) * call.block_size
+        end = (start + call.block_size).clamp_max(limit)
+        start = start.clamp_min(0).clamp_max(limit)
+        span = end - start
     if call.counts is not None:
-        length = length.masked_fill(torch.arange(problem.n, device=device) >= call.counts.unsqueeze(-1), 0)
-    start, length = start.reshape(rows, problem.n), length.reshape(rows, problem.n)
-    ends = length.cumsum(1)
-    return Selection(start, length, ends, start - (ends - length), length.sum(1), _bad_page(call, seq))
+        span = span.masked_fill(torch.arange(problem.n, device=device) >= call.counts.unsqueeze(-1), 0)
+    start, span = start.reshape(rows, problem.n), span.reshape(rows, problem.n)
+    return Selection(start, span, span.sum(1), _bad_page(call, seq))
 
 
-def _bad_page(call: Call, seq: torch.Tensor) -> torch.Tensor | None:
+def _bad_page(call: Call, seq: torch.Tensor | None) -> torch.Tensor | None:
     if call.block_table is None:
         return None
+    assert seq is not None
     page = torch.arange(call.block_table.shape[1], device=seq.device)
     missing = (call.block_table < 0) | (call.block_table >= call.num_pages)
     # per row of the table, which many entries may share: the first token that has no page
@@ -103,8 +106,11 @@ def locate(call: Call, selection: Selection, rows: torch.Tensor, begin: int, end
     """
     problem = call.problem
     position = torch.arange(begin, end, device=rows.device).expand(rows.shape[0], -1).contiguous()
-    slot = torch.searchsorted(selection.ends[rows], position, right=True).clamp_max_(problem.n - 1)
-    token = selection.shift[rows].gather(1, slot).add_(position)
+    # position p of a row lies in the first span whose running end is beyond p
+    start, span = selection.start[rows], selection.span[rows]
+    ends = span.cumsum(1)
+    slot = torch.searchsorted(ends, position, right=True).clamp_max_(problem.n - 1)
+    token = (start - (ends - span)).gather(1, slot).add_(position)
     valid = None
     if masked:
         valid = position < selection.length[rows].unsqueeze(1)

@@ -181,10 +181,17 @@ def _prepare(call: Call, budget: int, capturing: bool) -> _Work:
 
 def _read_back(selection: Selection, count: Counters) -> tuple[np.ndarray, torch.Tensor | None, bool]:
     """Look at the lengths: descending, the rows in that order (None: as they are), and whether pages are missing."""
+    count.read_backs += 1
+    if selection.length.device.type == "cpu":
+        bad_page = selection.bad_page is not None and bool(selection.bad_page)
+        values = selection.length.numpy()
+        if (values == values[0]).all():
+            return values, None, bad_page
+        longest_first = np.argsort(-values, kind="stable")
+        return values[longest_first], torch.from_numpy(longest_first), bad_page
     lengths, order = selection.length.sort(descending=True, stable=True)
     seen = lengths if selection.bad_page is None else torch.cat([lengths, selection.bad_page])
     values = seen.cpu().numpy()
-    count.read_backs += 1
     bad_page = selection.bad_page is not None and bool(values[-1])
     values = values[: lengths.shape[0]]
     return values, None if values[0] == values[-1] else order, bad_page
