@@ -23,6 +23,7 @@ from benchmarks.gpu import machine
 from benchmarks.gpu.runner import DRY, FAIL, FINISHED, NOT_MEASURED, PARTIAL, PASS, Outcome, Runner, Settings
 
 LEAST_SECONDS = 20  # with less than this left nothing is started
+GPU_TESTS = ("tests/gpu/test_calls.py", "tests/gpu/test_sdpa.py", "tests/gpu/test_measure.py")
 SUITE = ("tests/contract/test_parity.py", "tests/contract/test_contract.py")
 # Without a GPU the kernel's source stands in on a part of the common suite; the project's own tests run all of it.
 STAND_IN = "host-run-sm90 and (dims- or pages- or garbage or invariant or lse)"
@@ -124,7 +125,7 @@ def module(name: str, *arguments: str) -> Callable[[Runner], Outcome]:
 STEPS = [
     Step("environment", environment, always=True),
     Step("build", build),
-    Step("gpu_tests", on_pytest("tests/gpu/test_calls.py", "tests/gpu/test_measure.py", chosen=("-m", "gpu"))),
+    Step("gpu_tests", on_pytest(*GPU_TESTS, chosen=("-m", "gpu"))),
     Step("parity", on_pytest(*SUITE, chosen=("-k", "cuda or sdpa-on-gpu"), dry=("-k", STAND_IN), small=STAND_IN_SMALL)),
     Step("memcheck", on_pytest("tests/gpu/test_sanitizer.py", chosen=("-m", "gpu", "-k", "memcheck"))),
     Step("racecheck", on_pytest("tests/gpu/test_sanitizer.py", chosen=("-m", "gpu", "-k", "racecheck"))),

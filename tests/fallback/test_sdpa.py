@@ -261,34 +261,3 @@ def test_a_captured_row_that_breaks_its_promise_is_nan_and_no_other(monkeypatch:
         assert out[row].isnan().all() == broken
         assert lse[row].isnan().all() == broken
         assert out[row].isnan().any() == broken
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="sdpa-on-gpu: no CUDA device on this machine")
-def test_replays_of_a_real_graph_see_new_values() -> None:
-    inputs = case("pages-16").inputs().to("cuda")
-    arguments = inputs.arguments(return_lse=True, backend="sdpa", max_selected=256)
-    nsa_sel.selection_attention(**arguments)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out, lse = nsa_sel.selection_attention(**arguments)
-    for seed in (1, 2):
-        other = replace(case("pages-16"), seed=seed).inputs().to("cuda")
-        for name in ("q", "k", "v", "ranges", "seq_lens", "block_table"):
-            getattr(inputs, name).copy_(getattr(other, name))
-        graph.replay()
-        assert_matches_reference(out, lse, inputs)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="sdpa-on-gpu: no CUDA device on this machine")
-def test_one_synchronisation_on_a_gpu() -> None:
-    inputs = case("pages-16").inputs().to("cuda")
-    nsa_sel.selection_attention(**inputs.arguments(backend="sdpa"))
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with pytest.warns(UserWarning, match="synchroniz") as seen:
-            nsa_sel.selection_attention(**inputs.arguments(backend="sdpa"))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert len(seen) == 1

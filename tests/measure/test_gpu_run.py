@@ -100,6 +100,13 @@ def test_a_failed_step_stops_no_other_and_is_tried_again(checkout: Path, tmp_pat
         assert "done before" not in run(*call, "memcheck", root=checkout, **changed)
 
 
+def test_a_warning_of_a_foreign_machine_fails_no_step(checkout: Path, tmp_path: Path) -> None:
+    code = "import warnings\n\nwarnings.warn('at import')\n\ndef test_warns():\n    warnings.warn('in a test')\n"
+    (checkout / "tests" / "gpu" / "test_twins.py").write_text(code)
+    call = ["benchmarks.gpu", "--out", tmp_path / "o", "--env", sys.prefix, "--dry", "--small", "--steps", "twins"]
+    assert "DRY  twins: 1 passed" in run(*call, root=checkout)
+
+
 def test_the_commit_is_one_function_everywhere(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from nsa_sel.measure.run.environment import device_columns, environment
 

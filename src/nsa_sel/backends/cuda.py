@@ -41,9 +41,7 @@ def limits(call: Call, device: DeviceInfo | None) -> str | None:
     if build.instance_for(call.dtype, call.Dk, call.Dv, call.h) is None:
         found = f"{call.dtype} Dk={call.Dk} Dv={call.Dv} h={call.h}"
         return f"no kernel compiled for {found} (its dims are multiples of 64; build_info() lists them)"
-    if not build.runs_on(device.capability):
-        return f"no kernel compiled for compute capability {device.capability[0]}.{device.capability[1]}"
-    return kernel_limits(call) or _driver_bar(call)
+    return _no_image(build, device) or kernel_limits(call) or _driver_bar(call)
 
 
 def unusable(call: Call) -> str | None:
@@ -51,11 +49,17 @@ def unusable(call: Call) -> str | None:
     build = _build.routing_build()
     if not build.kernels:
         return _no_kernels(build)
-    return _driver_bar(call)
+    return _no_image(build, devices.info(call.device_index)) or _driver_bar(call)
 
 
 def _no_kernels(build: BuildInfo) -> str:
     return f"this build has no kernels: {build.reason}"
+
+
+def _no_image(build: BuildInfo, device: DeviceInfo) -> str | None:
+    if build.runs_on(device.capability):
+        return None
+    return f"no kernel compiled for compute capability {device.capability[0]}.{device.capability[1]}"
 
 
 def _driver_bar(call: Call) -> str | None:
