@@ -78,10 +78,10 @@ def _sections(cubin: Path, with_lines: bool) -> dict[str, str]:
     return {part.split(maxsplit=1)[0]: part for part in parts}
 
 
-@functools.cache
 def symbols(cubin: Path) -> list[str]:
-    """Return the kernels that a file of machine code holds."""
-    return re.findall(r"^\.text\.(\w+):$", _run(cubin, "-c"), flags=re.MULTILINE)
+    """Return the kernels that a file of machine code holds, by the names of its sections: each has one of its own."""
+    found = re.findall(rb"\0\.text\.(\w+)(?=\0)", cubin.read_bytes())
+    return list(dict.fromkeys(name.decode() for name in found))
 
 
 def kernel(cubin: Path, symbol: str, with_lines: bool = False) -> Kernel:
