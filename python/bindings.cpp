@@ -156,19 +156,16 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("workspace_floats",
                              [](const DecodeLaunch& launch) { return launch.plan.workspace_floats; })
       .def_property_readonly("plan", [](const DecodeLaunch& launch) { return plan_dict(launch.plan); })
-#if NSA_SEL_HAS_KERNELS
       .def(
           "run",
           [](DecodeLaunch& launch, std::uintptr_t workspace, int device, std::uintptr_t stream) {
             launch.set_workspace(pointer<float>(workspace));
             py::gil_scoped_release release;
-            return nsa_sel::run_decode(launch, device, pointer<void>(stream));
+            return nsa_sel::launch(launch, device, pointer<void>(stream));
           },
           "Launches on `stream` (a CUstream as int) of a device with workspace_floats floats of workspace. Returns 0 "
           "or a code of the driver; raises RuntimeError where the kernel cannot be loaded.",
-          py::arg("workspace"), py::arg("device"), py::arg("stream"))
-#endif
-      ;
+          py::arg("workspace"), py::arg("device"), py::arg("stream"));
 
 #if NSA_SEL_HAS_KERNELS
   for (int kernel = 0; kernel < nsa_sel::kNumKernels; ++kernel) {  // a forgotten one must not wait for its first call

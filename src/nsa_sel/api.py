@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any, ParamSpec
 
 import torch
+from torch.compiler import is_compiling
 
-from nsa_sel import arrays, execute, ops
+from nsa_sel import arrays, entry, execute, ops
 from nsa_sel.check import check
 from nsa_sel.routing import Decision
 
@@ -84,13 +85,10 @@ def selection_attention(
         AutogradError, BackendError, KernelLaunchError: the call cannot run as asked for (RuntimeErrors).
         SwitchError, PolicyError: an environment variable or the policy file is wrong (ValueErrors).
     """
-    attend = arrays.attend if not isinstance(q, torch.Tensor) else ops.attend if ops.must_see(q) else execute.attend
+    attend = ops.attend if is_compiling() and isinstance(q, torch.Tensor) else entry.attend
     return attend(
-        backend, q, k, v, ranges,
-        block_indices=block_indices, block_size=block_size, counts=counts, seq_lens=seq_lens,
-        block_table=block_table, table_rows=table_rows, causal=causal, max_selected=max_selected,
-        softmax_scale=softmax_scale, return_lse=return_lse,
-        batch_invariant=batch_invariant, out=out,
+        q, k, v, ranges, block_indices, block_size, counts, seq_lens, block_table, table_rows, causal, max_selected,
+        softmax_scale, return_lse, batch_invariant, out, backend,
     )  # fmt: skip
 
 
@@ -109,12 +107,14 @@ def _with_arguments_of(
 
 
 @_with_arguments_of(selection_attention)
-def explain(*arguments: Any, backend: str = "auto", **keywords: Any) -> Decision:
+def explain(*arguments: Any, **keywords: Any) -> Decision:
     """Check the arguments of `selection_attention` and say which backend it would run and why; runs nothing.
 
     >>> q, k = torch.zeros(1, 1, 1, 4, 64), torch.zeros(1, 1, 100, 64)
     >>> explain(q, k, k, torch.tensor([[[[[0, 16]]]]]), backend="sdpa")
     Decision(backend='sdpa', reason="backend='sdpa'")
     """
-    arguments, keywords = arrays.as_tensors(arguments, keywords)
-    return execute.route(check(*arguments, **keywords), backend)
+    given = inspect.signature(selection_attention).bind(*arguments, **keywords)
+    given.apply_defaults()
+    *checked, backend = arrays.as_tensors(*given.args, *given.kwargs.values())
+    return execute.route(check(*checked), backend)

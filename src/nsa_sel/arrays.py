@@ -10,19 +10,21 @@ import numpy as np
 import torch
 from torch.utils.dlpack import from_dlpack
 
-from nsa_sel import execute
+from nsa_sel.check import PARAMETERS
 from nsa_sel.errors import ArgumentError, ArgumentTypeError
 
 
-def attend(backend: str, /, *arguments: Any, **keywords: Any) -> Any:
-    """Call `selection_attention` with arrays, without a copy: out, and with `return_lse` (out, lse), in q's library."""
+def attend(with_tensors: Callable[..., Any], /, *arguments: Any) -> Any:
+    """Call `with_tensors` with arrays, without a copy: out, and with `return_lse` (out, lse), in q's library.
+
+    The arguments are those of `selection_attention`, each in its place.
+    """
     returned = _way_back(arguments[0])
-    arguments, keywords = as_tensors(arguments, keywords)
-    result = execute.attend(backend, *arguments, **keywords)
+    result = with_tensors(*as_tensors(*arguments))
     return tuple(map(returned, result)) if isinstance(result, tuple) else returned(result)
 
 
-def as_tensors(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def as_tensors(*arguments: Any) -> tuple[Any, ...]:
     """Return the arguments of `selection_attention`, where q is an array with a tensor in place of each of them.
 
     A tensor shares the memory of its array.
@@ -31,16 +33,17 @@ def as_tensors(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[tu
         ArgumentError, ArgumentTypeError: an array cannot be lent, or there is an `out` (not every library's arrays may
             be written to).
     """
-    q = arguments[0] if arguments else keywords.get("q")
-    if not _is_foreign(q):
-        return arguments, keywords
-    if keywords.get("out") is not None:
+    q = arguments[0]
+    if not is_foreign(q):
+        return arguments
+    named = dict(zip(PARAMETERS, arguments, strict=False))  # backend, the last, is no parameter of `check`
+    if named["out"] is not None:
         raise ArgumentTypeError(f"out: expected None where q is a {_kind(q)}, got one")
-    tensors = (_as_tensor(name, value) for name, value in zip(("q", "k", "v", "ranges"), arguments, strict=False))
-    return tuple(tensors), {name: _as_tensor(name, value) for name, value in keywords.items()}
+    return *(_as_tensor(name, value) for name, value in named.items()), *arguments[len(named) :]
 
 
-def _is_foreign(value: Any) -> bool:
+def is_foreign(value: Any) -> bool:
+    """Whether this is an array of another library."""
     return not isinstance(value, torch.Tensor) and hasattr(value, "__dlpack__")
 
 
@@ -49,7 +52,7 @@ def _kind(value: Any) -> str:
 
 
 def _as_tensor(name: str, value: Any) -> Any:
-    if not _is_foreign(value):
+    if not is_foreign(value):
         return value
     # torch ends the process over a negative stride: it throws where nothing catches
     strides = getattr(value, "strides", None) or ()
@@ -70,7 +73,7 @@ def _way_back(q: Any) -> Callable[[torch.Tensor], Any]:
     """Return what turns a tensor into an array like q, of the same memory."""
     if isinstance(q, np.ndarray):
         return torch.Tensor.numpy  # numpy.from_dlpack makes read-only arrays of an older torch's tensors
-    if not _is_foreign(q):
+    if not is_foreign(q):
         return lambda tensor: tensor
     if hasattr(q, "__array_namespace__"):  # CuPy 14 and JAX, by the array API standard
         return q.__array_namespace__().from_dlpack

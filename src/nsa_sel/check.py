@@ -5,6 +5,7 @@ The good case is a handful of comparisons per tensor; texts are put together onl
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 from collections.abc import Sequence
@@ -33,7 +34,6 @@ def check(
     k: torch.Tensor,
     v: torch.Tensor,
     ranges: torch.Tensor | None = None,
-    *,
     block_indices: torch.Tensor | None = None,
     block_size: int | None = None,
     counts: torch.Tensor | None = None,
@@ -137,6 +137,9 @@ def check(
         causal=causal, max_selected=max_selected, scale=scale, return_lse=return_lse, batch_invariant=batch_invariant,
         requires_grad=requires_grad,
     )  # fmt: skip
+
+
+PARAMETERS = inspect.signature(check).parameters  # those of `selection_attention`, in its order, but for backend
 
 
 def _not_a_tensor(name: str, value: object) -> Exception:

@@ -6,7 +6,6 @@ import warnings
 from typing import Any
 
 import torch
-from torch.autograd import forward_ad
 
 from nsa_sel import _build, _fork, backends, debug, devices, routing, stats, switches
 from nsa_sel import policy as policies
@@ -23,9 +22,9 @@ _policy_read = False
 _warned: set[str] = set()
 
 
-def _attend(backend: str, /, *arguments: Any, **keywords: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Check the arguments of `selection_attention` and run it: out, and with `return_lse` (out, lse)."""
-    out, lse = run(check(*arguments, **keywords), backend)
+def attend(*arguments: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Check and run a call given by the arguments of `selection_attention` in their order: out, or (out, lse)."""
+    out, lse = run(check(*arguments[:-1]), arguments[-1])
     return out if lse is None else (out, lse)
 
 
@@ -143,22 +142,3 @@ def _forget_launches() -> None:
     """Empty the cache of prepared launches: what routing would say now may differ."""
     if _build.core is not None:
         _build.core.forget_launches()
-
-
-def _cached() -> Any:
-    """Return the function that every eager call goes through: the cache before `_attend`, where torch allows one."""
-    core = _build.core
-    if core is None or not core.set_up_calls(
-        lambda *arguments, **keywords: _attend(*arguments, **keywords),  # looked up late, so that it can be replaced
-        torch.Tensor,
-        torch.nn.Parameter,
-        torch.empty,
-        torch.is_grad_enabled,
-        torch._C._len_torch_function_stack,
-        forward_ad,
-    ):
-        return _attend
-    return core.attend
-
-
-attend = _cached()

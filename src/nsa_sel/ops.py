@@ -5,7 +5,6 @@ Plain eager calls never come here: the dispatcher costs several microseconds tha
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
@@ -17,7 +16,7 @@ from torch.autograd import forward_ad
 from nsa_sel import execute
 from nsa_sel.backends import sdpa
 from nsa_sel.call import Call
-from nsa_sel.check import check, check_out, flag, refuse_tangents
+from nsa_sel.check import PARAMETERS, check, check_out, flag, refuse_tangents
 from nsa_sel.errors import AutogradError, BackendError
 
 _TYPES = {
@@ -28,13 +27,15 @@ _TYPES = {
     "bool": "bool",
 }
 # The operator takes the arguments of `check` one by one: all but out, which is copied to, then these two.
-_PARAMETERS = {name: p for name, p in inspect.signature(check).parameters.items() if name != "out"}
-_DEFAULTS = {name: p.default for name, p in _PARAMETERS.items()}
+_PARAMETERS = {name: p for name, p in PARAMETERS.items() if name != "out"}
+_OUT = tuple(PARAMETERS).index("out")
 _NAMES = (*_PARAMETERS, "backend", "requires_grad")
 _ARGUMENTS = ", ".join(
     [f"{_TYPES[p.annotation]} {name}" for name, p in _PARAMETERS.items()] + ["str backend", "bool requires_grad"]
 )
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
+# What says that someone watches calls: torch.func; FakeTensorMode and make_fx; torch.jit.trace.
+MODES = (torch._C._are_functorch_transforms_active, _len_torch_dispatch_stack, torch._C._is_tracing)
 _NO_SECOND = (
     "torch.func: expected reverse-mode derivatives of first order, got another asked for (a second one by "
     "reverse mode: torch.autograd.grad(create_graph=True))"
@@ -55,25 +56,21 @@ def must_see(q: torch.Tensor) -> bool:
 
     The backends read values back and would bake them into what is traced, or fail on tensors that have none.
     """
-    if torch.compiler.is_compiling():
-        return True
     if torch._C._is_tracing():
         raise BackendError("torch.jit.trace: expected no call in it (it would freeze the selection), got one")
     return (
-        peek_interpreter_stack() is not None  # torch.func
-        or _len_torch_dispatch_stack() > 0  # FakeTensorMode, make_fx
+        any(mode() for mode in MODES)
         or type(q) not in _PLAIN  # a fake tensor outside of its mode, or another subclass
         or q.is_meta
     )
 
 
-def attend(backend: str, /, *arguments: Any, **keywords: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+def attend(*arguments: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Call the operator with the arguments of `selection_attention`; out, and with `return_lse` (out, lse)."""
     # in words that torch.compile of torch 2.6 can trace
-    out = keywords.get("out")
-    values = list(arguments)
-    for name in _NAMES[len(arguments) : -2]:
-        values.append(keywords.get(name, _DEFAULTS[name]))
+    values = list(arguments[:-1])
+    backend = arguments[-1]
+    out = values.pop(_OUT)
     q, k, v = values[:3]
     refuse_tangents({"q": q, "k": k, "v": v})
     # below autograd, where the operator runs, tensors no longer tell whether gradients will be asked of them

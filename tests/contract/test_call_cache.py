@@ -13,12 +13,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 import nsa_sel
-from benchmarks.call_cost import arguments, pretended
+from benchmarks.call_cost import HAS_EXCHANGE, arguments, pretended
 from nsa_sel import _core, execute
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.Tensor, "__dlpack_c_exchange_api__"), reason="this torch has no DLPack exchange interface"
-)
 LAUNCHER = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
 
 
@@ -27,9 +24,12 @@ class Watch:
 
     def __init__(self) -> None:
         self.long, self.launches, self.code = 0, list[bytes](), 0
+        self.on_the_long_way = False
         self.callback = LAUNCHER(self._launch)
 
     def _launch(self, launch: int, device: int, stream: int | None) -> int:
+        if self.on_the_long_way:
+            return 0
         self.launches.append(ctypes.string_at(launch, 512))
         return self.code
 
@@ -40,17 +40,23 @@ class Watch:
         return self.long == before
 
 
-@pytest.fixture
-def watch(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watch]:
+@pytest.fixture(params=["exchange", "attributes"])
+def watch(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[Watch]:
+    if request.param == "exchange" and not HAS_EXCHANGE:
+        pytest.skip("this torch has no DLPack exchange interface")
     watch = Watch()
-    real = execute._attend
+    real = execute.attend
 
-    def attend(*given: Any, **keywords: Any) -> Any:
+    def attend(*given: Any) -> Any:
         watch.long += 1
-        return real(*given, **keywords)
+        watch.on_the_long_way = True
+        try:
+            return real(*given)
+        finally:
+            watch.on_the_long_way = False
 
-    with pretended("cuda"):
-        monkeypatch.setattr(execute, "_attend", attend)
+    with pretended(exchange=request.param == "exchange"):
+        monkeypatch.setattr(execute, "attend", attend)
         _core.replace_launches(ctypes.cast(watch.callback, ctypes.c_void_p).value or 0)
         yield watch
 

@@ -99,8 +99,15 @@ def plan(
 
 def offer(call: Call, launch: Any) -> None:
     """Offer the launch of a call that runs for later calls with the same signature."""
-    shape = (call.B, call.S, call.G, call.h)
-    core.offer_launch(launch, call.device_index, (*shape, call.Dv), shape, call.v.dtype, torch.float32, call.v.device)
+    shape = (call.B, call.S, call.G, call.h, call.Dv)
+    like_q = call.Dk == call.Dv and call.q.is_contiguous()
+    core.offer_launch(launch, call.device_index, shape, like_q, _float32(call.q.device))
+
+
+@functools.cache
+def _float32(device: torch.device) -> torch.Tensor:
+    """Return an empty tensor: its `new_empty` is the cheapest way to more of its kind."""
+    return torch.empty(0, dtype=torch.float32, device=device)
 
 
 def _row_aligned(out: torch.Tensor) -> bool:
