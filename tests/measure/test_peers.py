@@ -165,11 +165,7 @@ def test_fla_and_xunhaolai_adapters_hand_over_blocks_and_counts(monkeypatch: pyt
 
     for path, name, function in (
         ("fla.ops.nsa.parallel", "parallel_nsa_fwd", parallel_nsa_fwd),
-        (
-            "native_sparse_attention.ops.triton.topk_sparse_attention_decode",
-            "topk_sparse_attention_decode",
-            decode,
-        ),
+        ("native_sparse_attention.ops.triton.topk_sparse_attention_decode", "topk_sparse_attention_decode", decode),
     ):
         _install(monkeypatch, path, name, function)
     for options in ({}, {"n": [16], "S_kv": 128}):

@@ -75,14 +75,7 @@ class Workload:
 
     def arguments(self) -> str:
         """Return the command-line options of `nsa-sel bench` that make this workload again."""
-        options = {
-            "rows": self.rows,
-            "G": self.G,
-            "h": self.h,
-            "D": self.Dk,
-            "Dv": self.Dv,
-            "S-kv": self.S_kv,
-        }
+        options = {"rows": self.rows, "G": self.G, "h": self.h, "D": self.Dk, "Dv": self.Dv, "S-kv": self.S_kv}
         if self.block_size is None:
             options |= {"L": self.L}
         else:
