@@ -15,11 +15,12 @@ import pytest
 import torch
 
 from nsa_sel.measure.run.clock import one_thread
-from nsa_sel.measure.run.contestants import HERE, check_of, moved_bytes, own_contestants
+from nsa_sel.measure.run.contestants import check_of, moved_bytes, own_contestants
 from nsa_sel.measure.run.inputs import Inputs, oracle_rows, variants_of
 from nsa_sel.measure.run.peers import PEERS, load_peers
 from nsa_sel.measure.run.race import counts, errors, free_memory, proof, too_large
 from nsa_sel.measure.run.workload import Workload
+from nsa_sel.measure.schema import HERE
 from nsa_sel.reference import selection_attention_reference
 
 

@@ -1,30 +1,58 @@
 """A whole honest result folder, as a run on a GPU writes it, and how faults are planted in one.
 
-Every figure follows from a shape and a time, so that one changed cell is one contradiction.
+It is what `nsa-sel bench` and `nsa-sel decode` wrote here, on the CPU, with the cells changed that only a GPU can fill:
+the device, its clocks and its times, and the rows of the kernel and of a peer, which are copies of another backend's.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
+import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from nsa_sel.measure import schema
-from nsa_sel.measure.files import read_csv, write_results
+from nsa_sel.measure.files import csv_text, read_csv, write_results
 from nsa_sel.measure.judge.gpus import known
 from nsa_sel.measure.run.bench import figure
-from nsa_sel.measure.run.workload import Workload, expand
+from tests.measure.commands import run
 
 COMMIT = "0123456789ab"
-LENGTHS = (64, 256, 1024)
-BATCHES, CONTEXTS = (1, 8, 64), (4096, 16384, 65536)
-FLOOR_MS = 0.004  # a launch
 CLOCKS = {"sm": 1980, "mem": 2619}
+FLOOR_MS = 0.004  # a launch
+PEER = "flex"
 Rows = list[dict[str, Any]]
+Facts = dict[str, Any]
+SUITE = """
+[[workload]]
+name = "plan-{dist}-L{L}-r{rows}"
+dist = ["few", "many", "mixed"]
+dtype = "bf16"
+rows = [8, 16]
+G = 2
+h = 4
+Dk = 128
+Dv = 128
+L = [64, 256, 1024]
+S_kv = 2048
+"""
+BLOCKS = """
+[[workload]]
+name = "nsa-paper{paged}-b{{B}}"
+dist = "blocks"
+dtype = "bf16"
+B = [1, 2]
+G = 4
+h = 16
+Dk = 192
+Dv = 128
+n = 16
+block_size = 64
+S_kv = 2048
+"""
 
 
 def honest(
@@ -37,58 +65,69 @@ def honest(
             with packed SDPA. device, sm: the GPU, by which the ceilings are what its memory delivers.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _bench(folder, speedup, device, sm)
-    _decode(folder, speedup, share, device, sm)
+    for name, text in _files(speedup, share, device, sm).items():
+        (folder / name).write_text(text, encoding="utf-8")
 
 
-def workloads() -> list[Workload]:
-    """Return spans of every distribution at several lengths and sizes, and a model's blocks, plain and paged."""
-    spans = {"dist": list(schema.DISTRIBUTIONS), "dtype": "bf16", "rows": [64, 256], "G": 2, "h": 4}
-    spans |= {"Dk": 128, "Dv": 128, "L": list(LENGTHS), "S_kv": 4096}
-    blocks = {"dist": "blocks", "dtype": "bf16", "B": [1, 16], "G": 4, "h": 16, "Dk": 192, "Dv": 128, "n": 16}
-    blocks |= {"block_size": 64, "S_kv": 16384}
-    return [
-        *expand(spans | {"name": "plan-{dist}-L{L}-r{rows}"}),
-        *expand(blocks | {"name": "nsa-paper-b{B}"}),
-        *expand(blocks | {"name": "nsa-paper-paged-b{B}", "page_size": 64}),
-    ]
+@functools.cache
+def measured_here() -> dict[str, tuple[Rows, Facts]]:
+    """Return rows and JSON of `nsa-sel bench` and `nsa-sel decode`, run once in this process, on small workloads."""
+    quick = ("--iters", 1, "--warmup", 0, "--device", "cpu")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        pages = BLOCKS.format(paged="-paged") + "page_size = 64\n"
+        (folder / "suite.toml").write_text(SUITE + BLOCKS.format(paged="") + pages)
+        names = ",".join(schema.HERE)
+        run("bench", "--suite", folder / "suite.toml", "--backend", names, "--out", folder, *quick)
+        run("decode", "--context", "1280,2048,4096", "--B", "1,2", "--out", folder, *quick)
+        return {kind: read(folder / f"{kind}.csv") for kind in ("bench", "decode")}
 
 
-def _bench(folder: Path, speedup: float, device: str, sm: str) -> None:
-    rng = np.random.default_rng(0)
-    ceiling = 0.8 * (known(device) or (sm, 1000.0))[1]
-    rows: Rows = []
-    facts: dict[str, Any] = {"workloads": {w.name: asdict(w) for w in workloads()}, "intervals": [], "clocks": []}
-    facts |= {"anchors": [], "not_measured": [], "skipped": {}, "parity_failures": []}
-    for w in workloads():
-        for mode in ("eager", "graph"):
-            fastest = (FLOOR_MS + w.call_bytes / (0.9 * ceiling) / 1e6) * (1 + 0.002 * rng.random())
-            mine = fastest / min(1.0, speedup)  # nothing reads faster than the ceiling
-            host = 4.0 if mode == "eager" else 1.0  # the host's part, the same for all
-            base = mine * speedup
-            times: dict[str, float | None] = {"cuda": mine, "triton": None, "sdpa": 1.2 * base, "sdpa_prepared": base}
-            times["sdpa_gathered"] = max(0.6 * base, fastest)
-            if w.dist == "blocks" and w.page_size is None:
-                times["flex"] = 1.1 * mine
-                anchor = {"workload": w.name, "backend": "flex", "mode": mode}
-                anchor |= {"anchor_ms": 1.01 * 1.2 * base * host, "sdpa_ms": 1.2 * base * host}
-                facts["anchors"].append(anchor)
-            for name, ms in times.items():
-                where = {"workload": w.name, "backend": name, "mode": mode}
-                row: dict[str, Any] = dict.fromkeys(schema.BENCH_COLUMNS, "")
-                row |= {c: getattr(w, c) for c in ("workload", "dist", "dtype", *schema.BENCH_SHAPE) if c != "workload"}
-                row |= where | {"ran": "", "iters": 0, "bytes": w.call_bytes, "ceiling_gbps": figure(ceiling)}
-                row |= {"device": device, "sm": sm, "commit": COMMIT}
-                if ms is None:
-                    facts["not_measured"].append(where | {"reason": "not installed"})
-                else:
-                    row |= {"ran": name, "iters": 50, "mae": figure(2e-4 * (1 + 0.1 * rng.random()))}
-                    row |= {"max_err": figure(4e-3 * (1 + 0.1 * rng.random()))} | _times(ms * host)
-                    facts["intervals"].append(where | {"ms_median_ci95": _interval(row), "calls": 8})
-                rows.append(row)
-            facts["clocks"].append({"workload": w.name, "mode": mode, "before": CLOCKS, "after": CLOCKS})
-            facts["intervals"].append({"workload": w.name, "backend": "ceiling", "mode": mode} | {"calls": 8})
-    write(folder / "bench.csv", figures(rows), facts | {"environment": _environment(device, sm)})
+@functools.cache
+def _files(speedup: float, share: float, device: str, sm: str) -> dict[str, str]:
+    found = {}
+    for kind, filled in (
+        ("bench", functools.partial(_bench, speedup)),
+        ("decode", functools.partial(_decode, speedup, share)),
+    ):
+        rows, facts = filled(device, *copy.deepcopy(measured_here()[kind]))
+        here = {"device": device, "sm": sm, "commit": COMMIT}
+        rows = [row | here for row in rows]
+        facts |= {"finished": {"rows": len(rows)}}
+        facts["environment"] |= here | {"driver": "580.12"}
+        found |= {f"{kind}.csv": csv_text(tuple(rows[0]), rows), f"{kind}.json": json.dumps(facts)}
+    return found
+
+
+def _bench(speedup: float, device: str, rows: Rows, facts: Facts) -> tuple[Rows, Facts]:
+    ceiling = 0.02 * (known(device) or ("", 3000.0))[1]  # so few bytes keep no memory busy
+    rows = [row for row in rows if row["backend"] != "cuda"]
+    for new, old in (("cuda", "sdpa"), (PEER, "sdpa_gathered")):
+        taken = [row for row in rows if row["backend"] == old and (new == "cuda" or "nsa-paper-b" in row["workload"])]
+        rows += [row | {"backend": new, "ran": new} for row in taken]
+    spans = {(one["workload"], one["backend"]): one for one in facts["intervals"]}
+    facts |= {"intervals": [], "clocks": [], "anchors": []}
+    facts["not_measured"] = [one for one in facts["not_measured"] if one["backend"] != "cuda"]
+    filled = []
+    for mode, host in (("eager", 4.0), ("graph", 1.0)):  # the host's part, the same for all
+        for at, row in enumerate(rows):
+            row = row | {"mode": mode, "ceiling_gbps": figure(ceiling)}
+            named = {name: row[name] for name in ("workload", "backend", "mode")}
+            if row["ran"]:
+                fastest = (FLOOR_MS + int(row["bytes"]) / (0.9 * ceiling) / 1e6) * (1 + 1e-5 * at)
+                mine = fastest / min(1.0, speedup)  # nothing reads faster than the ceiling
+                base = mine * speedup
+                ms = {"cuda": mine, "sdpa": 1.2 * base, "sdpa_prepared": base, PEER: 1.1 * mine}
+                row |= {"iters": "50", **_times(host * ms.get(row["backend"], max(0.6 * base, fastest)))}
+                found = spans.get((row["workload"], row["backend"]), {})
+                facts["intervals"].append(found | named | {"ms_median_ci95": _interval(row), "calls": 8})
+            if row["backend"] == PEER:
+                facts["anchors"].append(named | {"anchor_ms": 1.01 * 1.2 * base * host, "sdpa_ms": 1.2 * base * host})
+            filled.append(row)
+        facts["clocks"] += [
+            {"workload": w, "mode": mode, "before": CLOCKS, "after": CLOCKS} for w in facts["workloads"]
+        ]
+    return figures(filled), facts
 
 
 def figures(rows: Rows) -> Rows:
@@ -107,42 +146,30 @@ def figures(rows: Rows) -> Rows:
     return found
 
 
-def _decode(folder: Path, speedup: float, share: float, device: str, sm: str) -> None:
-    rows: Rows = []
-    facts: dict[str, Any] = {"steps": [], "clocks": [], "notes": []}
-    for batch in BATCHES:
-        for context in CONTEXTS:
-            step = 0.2 * batch**0.5 * (1 + context / 40000)
-            rest = max(0.97 - share, 0.01) / 4  # 3 % of the step lies between the stages
-            ms = {(stage, schema.TORCH): rest * step for stage in schema.STAGES if stage != "select"}
-            ms |= {("select", "sdpa"): share * step, ("step", "sdpa"): step}
-            ms |= {("select", "cuda"): share * step / speedup, ("step", "cuda"): step * (1 - share + share / speedup)}
-            intervals = {}
-            for (stage, name), value in ms.items():
-                whole = ms["step", "cuda" if name == "cuda" else "sdpa"]
-                row = {"B": batch, "context": context, "stage": stage, **_times(value), "share": figure(value / whole)}
-                rows.append(row | {"backend": name, "ran": name, "device": device, "sm": sm, "commit": COMMIT})
-                intervals[f"{stage} {name}"] = _interval(row)
-            fact = {"B": batch, "context": context, "ms_median_ci95": intervals, "sparse": True}
-            facts["steps"].append(fact | {"tokens_read_per_group": {"all": 2047}, "tokens_by_the_paper": 2048})
-            facts["clocks"].append({"B": batch, "context": context, "before": CLOCKS, "after": CLOCKS})
-    write(folder / "decode.csv", rows, facts | {"environment": _environment(device, sm) | {"leave_out": []}})
+def _decode(speedup: float, share: float, device: str, rows: Rows, facts: Facts) -> tuple[Rows, Facts]:
+    rows += [row | {"backend": "cuda", "ran": "cuda"} for row in rows if row["backend"] == "sdpa"]
+    for step in facts["steps"]:
+        whole = 0.2 * step["B"] ** 0.5 * (1 + step["context"] / 40000)
+        rest = max(0.97 - share, 0.01) / 4  # 3 % of the step lies between the stages
+        parts = dict.fromkeys(schema.STAGES, rest) | {"select": share, "step": 1.0}
+        kernel = {"select": share / speedup, "step": 1 - share + share / speedup}
+        for row in rows:
+            if (int(row["B"]), int(row["context"])) == (step["B"], step["context"]):
+                of = kernel["step"] if row["backend"] == "cuda" else 1.0
+                part = (kernel if row["backend"] == "cuda" else parts)[row["stage"]]
+                row |= {**_times(part * whole), "share": figure(part / of)}
+                step["ms_median_ci95"][f"{row['stage']} {row['backend']}"] = _interval(row)
+        facts["clocks"].append({"B": step["B"], "context": step["context"], "before": CLOCKS, "after": CLOCKS})
+    return rows, facts
 
 
-def write(path: Path, rows: Rows, facts: dict[str, Any]) -> None:
-    """Write a CSV file and its JSON as a run that finished does."""
-    columns = schema.BENCH_COLUMNS if path.stem == "bench" else schema.DECODE_COLUMNS
-    write_results(path, columns, rows, facts | {"finished": {"rows": len(rows)}})
-
-
-def read(path: Path) -> tuple[Rows, dict[str, Any]]:
+def read(path: Path) -> tuple[Rows, Facts]:
     """Return the rows of a CSV file, as text, and the JSON beside it."""
     header, lines = read_csv(path)
-    rows: Rows = [dict(zip(header, line, strict=True)) for line in lines]
-    return rows, json.loads(path.with_suffix(".json").read_text())
+    return [dict(zip(header, line, strict=True)) for line in lines], json.loads(path.with_suffix(".json").read_text())
 
 
-def alter(path: Path, change: Callable[[Rows, dict[str, Any]], Any], finished: bool = True) -> None:
+def alter(path: Path, change: Callable[[Rows, Facts], Any], finished: bool = True) -> None:
     """Change cells and keys of what a run wrote; with `finished` its marker still counts the rows."""
     rows, facts = read(path)
     change(rows, facts)
@@ -158,15 +185,3 @@ def _times(ms: float) -> dict[str, str]:
 
 def _interval(row: dict[str, Any]) -> list[float]:
     return [round(float(row["ms_median"]) * factor, 9) for factor in (0.997, 1.004)]
-
-
-def _environment(device: str, sm: str) -> dict[str, Any]:
-    return {
-        "device": device,
-        "sm": sm,
-        "commit": COMMIT,
-        "torch": "2.11.0",
-        "driver": "580.12",
-        "tf32": False,
-        "seed": 0,
-    }

@@ -42,9 +42,9 @@ def test_page_and_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert image.shape[1] > 600
         assert len({tuple(pixel) for pixel in image.reshape(-1, image.shape[-1])[::97]}) > 5, f"{name} is blank"
     assert re.search(r"\| cuda \| few \| 3\.00x \(3\.00x\) \| 3\.00x", page)
-    assert "| 64 | 65536 |" in page
+    assert "| 2 | 4096 |" in page
     assert "60.0%" in page
-    assert "| 64 | 65536 | 60.0% | 3.00x | 1.67x | 1.67x |" in page
+    assert "| 2 | 4096 | 60.0% | 3.00x | 1.67x | 1.67x |" in page
     for found in texts[:2]:  # a picture that leaves its page still says what it is of
         assert any("NVIDIA H100 80GB HBM3, bf16, graph" in text for text in found)
     bars = [name for name in legends[2] if not name.startswith("asked")]

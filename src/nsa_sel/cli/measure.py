@@ -41,11 +41,11 @@ def threshold(
     with measure_run.readable_errors():
         from nsa_sel.measure import files
         from nsa_sel.measure.judge import threshold as thresholds
-        from nsa_sel.measure.judge.rules import load_rules, with_values
+        from nsa_sel.measure.judge.rules import load_rules
         from nsa_sel.measure.schema import EXIT_CODES
 
         _check_backend(backend)
-        rules = with_values(load_rules(), {"roi.margin": margin, "stability.max_mae": max_mae})
+        rules = load_rules(given={"roi.margin": margin, "stability.max_mae": max_mae})
         found = thresholds.threshold_of_files(list(bench), rules, backend)
         page = thresholds.threshold_page(found, rules, backend, [str(path) for path in bench])
         data = {"verdict": found.verdict, "min_l": found.min_l, "reason": found.reason, "backend": backend}

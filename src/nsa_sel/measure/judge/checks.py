@@ -8,22 +8,23 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from nsa_sel.measure import schema
 from nsa_sel.measure.judge.gpus import known
 from nsa_sel.measure.judge.rules import Rules
-from nsa_sel.measure.judge.tables import Row, Table, entries, inner, name_of, number, where
+from nsa_sel.measure.judge.tables import Row, Table, cells, entries, inner, name_of, number, some, where
 
 CLOCK_STEP_MS = 0.0005  # in which a GPU's events may count
 ROUNDING = 1e-5  # figures are written with seven digits
+LOW, HIGH = 1 - ROUNDING, 1 + ROUNDING
 
 
 def run_faults(table: Table) -> Iterator[str]:
     """Yield what is wrong with the run itself: it did not finish, or the JSON beside the rows is another run's."""
-    finished = inner(table.facts, "finished")
+    finished, environment = inner(table.facts, "finished"), inner(table.facts, "environment")
     if table.facts and number(finished.get("rows")) != len(table.rows):
         said = f"said {finished['rows']!r} rows" if "rows" in finished else "has no marker of its end"
         yield f"the run did not finish: its JSON {said}, the table holds {len(table.rows)}"
-    environment = inner(table.facts, "environment")
-    for column in ("device", "sm", "commit"):
+    for column in schema.WHERE:
         values = sorted({str(row[column]) for row in table.rows})
         if table.facts and values != [str(environment.get(column))]:
             yield f"its JSON is of another run: {column} {environment.get(column)!r}, rows {', '.join(values)}"
@@ -40,40 +41,31 @@ def device_faults(rows: list[Row]) -> Iterator[str]:
             yield f"no {column} named: {where([r for r in rows if not r[column]])}"
         if len(values) > 1:
             yield f"mixed devices: {column} holds {', '.join(map(repr, values))}"
-    if no_gpu := [row for row in rows if row["sm"] and not re.fullmatch(r"\d{2,3}[af]?", row["sm"])]:
-        yield f"not measured on a GPU: sm is {no_gpu[0]['sm']!r}, device {no_gpu[0]['device']!r}"
     for device, sm in sorted({(row["device"], row["sm"]) for row in rows}):
-        if (gpu := known(device)) and re.fullmatch(r"\d{2,3}[af]?", sm) and sm.rstrip("af") != gpu[0]:
+        if sm and not re.fullmatch(r"\d{2,3}[af]?", sm):
+            yield f"not measured on a GPU: sm is {sm!r}, device {device!r}"
+        elif sm and (gpu := known(device)) and sm.rstrip("af") != gpu[0]:
             yield f"compute capability {sm} is not that of {device}, which is {gpu[0]}"
 
 
 def number_faults(rows: list[Row], counts: tuple[str, ...], figures: tuple[str, ...]) -> Iterator[str]:
     """Yield the faults of numeric cells: NaN, infinity, text, nothing, and counts that are not 1, 2, 3 ..."""
-    for column in (*counts, *figures):
-        if bad := [row for row in rows if math.isnan(row[column])]:
-            yield f"{column} is no finite number (got {bad[0][f'{column}_text'][:40]!r}): {where(bad)}"
-    for column in counts:
-        if bad := [row for row in rows if not math.isnan(row[column]) and (row[column] < 1 or row[column] % 1)]:
-            yield f"{column} is no positive whole number (got {bad[0][column]:g}): {where(bad)}"
+    yield from cells(rows, (*counts, *figures), math.isnan, "{column} is no finite number (got '{written:.40}')")
+    part = "{column} is no positive whole number (got {got:g})"
+    yield from cells(rows, counts, lambda value: value < 1 or value % 1 > 0, part)
 
 
 def time_faults(rows: list[Row], rules: Rules, tight: Callable[[Row], bool]) -> Iterator[str]:
     """Yield the faults of times: not above zero, percentiles out of order, a spread that makes a median meaningless."""
-    for column in ("ms_median", "ms_p20", "ms_p80"):
-        if bad := [row for row in rows if row[column] <= 0]:
-            yield f"{column} is not above zero (got {bad[0][column]:g}): {where(bad)}"
-    low, high = 1 - ROUNDING, 1 + ROUNDING
-    if bad := [r for r in rows if r["ms_p20"] > r["ms_median"] * high or r["ms_p80"] < r["ms_median"] * low]:
-        yield f"p20, median and p80 are out of order: {where(bad)}"
-    wide = [
-        row
-        for row in rows
-        if row["ms_p80"] - row["ms_p20"]
-        > (rules.trust_spread if tight(row) else 4 * rules.trust_spread) * row["ms_median"] + 2 * CLOCK_STEP_MS
-    ]
-    if wide:
-        spread = f"{wide[0]['ms_p20']:g} to {wide[0]['ms_p80']:g} ms"
-        yield f"a spread that makes the median meaningless ({spread}): {where(wide)}"
+    yield from cells(rows, schema.TIMES, lambda value: value <= 0, "{column} is not above zero (got {got:g})")
+    out = "p20, median and p80 are out of order"
+    yield from some(rows, lambda r: r["ms_p20"] > r["ms_median"] * HIGH or r["ms_p80"] < r["ms_median"] * LOW, out)
+
+    def wide(row: Row) -> bool:
+        part = rules.trust_spread if tight(row) else 4 * rules.trust_spread
+        return bool(row["ms_p80"] - row["ms_p20"] > part * row["ms_median"] + 2 * CLOCK_STEP_MS)
+
+    yield from some(rows, wide, "a spread that makes the median meaningless ({ms_p20:g} to {ms_p80:g} ms)")
 
 
 def interval_fault(row: Row, found: object) -> str:
@@ -81,9 +73,9 @@ def interval_fault(row: Row, found: object) -> str:
     if not isinstance(found, list) or len(found) != 2:
         return "no confidence interval of its median in the JSON"
     low, high = map(number, found)
-    if not low * (1 - ROUNDING) <= row["ms_median"] <= high * (1 + ROUNDING) or low <= 0:
+    if not low * LOW <= row["ms_median"] <= high * HIGH or low <= 0:
         return f"its median is outside its confidence interval {low:g} to {high:g}"
-    if low < row["ms_p20"] * (1 - ROUNDING) or high > row["ms_p80"] * (1 + ROUNDING):
+    if low < row["ms_p20"] * LOW or high > row["ms_p80"] * HIGH:
         return f"the confidence interval {low:g} to {high:g} is wider than p20 to p80"
     return ""
 
@@ -93,7 +85,7 @@ def clock_faults(table: Table, keys: tuple[str, ...], cases: Iterable[tuple[Any,
     read = {name_of(one, keys): one for one in entries(table.facts, "clocks")}
     unread, drifted = [], []
     for case in dict.fromkeys(cases):
-        before, after = inner(read.get(case, {}), "before"), inner(read.get(case, {}), "after")
+        before, after = (inner(read.get(case, {}), when) for when in ("before", "after"))
         values = [(number(before.get(name)), number(after.get(name))) for name in ("sm", "mem")]
         if not all(x > 0 and y > 0 for x, y in values):
             unread.append(case)
@@ -130,10 +122,10 @@ def fall_faults(
     for row in rows:
         groups.setdefault(same(row), []).append(row)
     for group in groups.values():
-        group.sort(key=size)
-        for at, small in enumerate(group):
-            for large in group[at + 1 :]:
-                if size(large) >= 2 * size(small) and large["ms_median"] < (1 - rules.trust_fall) * small["ms_median"]:
+        for small in group:
+            limit = (1 - rules.trust_fall) * small["ms_median"]
+            for large in group:
+                if size(large) >= 2 * size(small) and large["ms_median"] < limit:
                     fall = f"{small['ms_median']:.4g} to {large['ms_median']:.4g} ms"
                     yield f"times fall while the bytes grow ({fall}): {where([large])}"
                     return
@@ -147,6 +139,6 @@ def did_not_run(rows: list[Row]) -> Iterator[str]:
         yield f"backend {backend} did not run ({ran}): {where(bad)}"
 
 
-def _whole_steps(ms: float, calls: int) -> bool:
+def _whole_steps(ms: float, calls: float) -> bool:
     steps = ms / CLOCK_STEP_MS * calls * 2  # a median of an even number of samples lies between two of them
     return abs(steps - round(steps)) < 0.01

@@ -10,9 +10,9 @@ from typing import Any
 
 from nsa_sel.measure import schema
 from nsa_sel.measure.judge.rules import Rules
-from nsa_sel.measure.judge.tables import Row, Table, read_bench, read_decode, summary, where
+from nsa_sel.measure.judge.tables import Row, Table, read_bench, read_decode, where
 from nsa_sel.measure.judge.threshold import Threshold, find_threshold
-from nsa_sel.measure.judge.trust import bench_faults, bench_remarks, compare, intervals_of
+from nsa_sel.measure.judge.trust import bench_faults, bench_remarks, compare
 from nsa_sel.measure.judge.trust_decode import Step, decode_faults, decode_remarks, steps_of
 
 
@@ -49,10 +49,8 @@ class Judgement:
 
     def to_json(self) -> dict[str, Any]:
         """Return `{"verdict", "min_l", "gates": {name: {"verdict", "value", "reason"}}}` with plain values."""
-        gates = {
-            name: {"verdict": gate.verdict, "value": gate.value, "reason": gate.reason}
-            for name, gate in self.gates.items()
-        }
+        plain = ("verdict", "value", "reason")
+        gates = {name: {key: getattr(gate, key) for key in plain} for name, gate in self.gates.items()}
         return {"verdict": self.verdict, "min_l": self.min_l, "gates": gates}
 
 
@@ -69,14 +67,13 @@ def judge(bench: str | Path | None, decode: str | Path | None, rules: Rules, bac
     decode_reasons = across + decode_faults(decode_table, rules, backend)
     found, steps = None, list[Step]()
     if bench_reasons:
-        roi = stability = Gate(schema.NOT_MEASURED, None, summary(bench_reasons))
+        roi = stability = Gate(schema.NOT_MEASURED, None, "; ".join(bench_reasons))
     else:
-        rows = compare(bench_table.rows, intervals_of(bench_table), backend)
-        found = find_threshold(rows, rules.roi_margin, rules.stability_max_mae)
+        found = find_threshold(compare(bench_table, backend), rules.roi_margin, rules.stability_max_mae)
         roi = Gate(found.verdict, found.min_l, found.reason, found.rows)
         stability = _stability([row for row in bench_table.rows if row["backend"] == backend], rules)
     if decode_reasons:
-        share = Gate(schema.NOT_MEASURED, None, summary(decode_reasons))
+        share = Gate(schema.NOT_MEASURED, None, "; ".join(decode_reasons))
     else:
         steps = steps_of(decode_table, backend)
         share = _share([step for step in steps if step.context > rules.trust_dense_until], rules)
@@ -84,8 +81,9 @@ def judge(bench: str | Path | None, decode: str | Path | None, rules: Rules, bac
     device, sm = _device(bench_table, decode_table)
     remarks = [] if bench_reasons else bench_remarks(bench_table)
     remarks += [] if decode_reasons else decode_remarks(decode_table, rules, backend)
+    verdicts = [gate.verdict for gate in gates.values()]
     return Judgement(
-        verdict=_overall(gates),
+        verdict=next((one for one in (schema.NOT_MEASURED, schema.FAIL) if one in verdicts), schema.PASS),
         min_l=found.min_l if found else None,
         gates=gates,
         backend=backend,
@@ -99,19 +97,9 @@ def judge(bench: str | Path | None, decode: str | Path | None, rules: Rules, bac
     )
 
 
-def _overall(gates: dict[str, Gate]) -> str:
-    verdicts = {gate.verdict for gate in gates.values()}
-    for verdict in (schema.NOT_MEASURED, schema.FAIL):
-        if verdict in verdicts:
-            return verdict
-    return schema.PASS
-
-
 def _share(steps: list[Step], rules: Rules) -> Gate:
-    by_batch = {
-        batch: statistics.median(step.share for step in steps if step.B == batch)
-        for batch in dict.fromkeys(step.B for step in steps)
-    }
+    batches = dict.fromkeys(step.B for step in steps)
+    by_batch = {b: statistics.median(step.share for step in steps if step.B == b) for b in batches}
     batch, value = min(by_batch.items(), key=lambda item: item[1])
     # Written so that NaN fails, although no NaN comes this far.
     verdict = schema.PASS if value >= rules.share_min else schema.FAIL
@@ -138,22 +126,15 @@ def _stability(mine: list[Row], rules: Rules) -> Gate:
 
 def _apart(bench: Table, decode: Table) -> list[str]:
     """Return what says that the two files are not of one GPU and one state of the code."""
-    if not (bench.readable and decode.readable):
-        return []
     found = []
     for columns, what in ((("device", "sm"), "mixed devices"), (("commit",), "two commits")):
-        held = [
-            " and ".join(sorted({" sm ".join(row[c] for c in columns) for row in table.rows}))
-            for table in (bench, decode)
-        ]
-        if held[0] != held[1]:
-            found.append(f"{what}: bench holds {held[0]}, decode holds {held[1]}")
+        sets = [{" sm ".join(row[c] for c in columns) for row in table.rows} for table in (bench, decode)]
+        first, second = (" and ".join(sorted(held)) for held in sets)
+        if first and second and first != second:
+            found.append(f"{what}: bench holds {first}, decode holds {second}")
     return found
 
 
-def _device(bench: Table, decode: Table) -> tuple[str, str]:
-    for table in (bench, decode):
-        named = {(row["device"], row["sm"]) for row in table.rows}
-        if len(named) == 1:
-            return next(iter(named))
-    return "", ""
+def _device(*tables: Table) -> tuple[str, str]:
+    named = [{(row["device"], row["sm"]) for row in table.rows} for table in tables]
+    return next((one for found in named if len(found) == 1 for one in found), ("", ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 # The first that is found in a device's name counts, so the longer names stand first. A GPU that is not here is not
@@ -19,6 +20,7 @@ GPUS: tuple[tuple[str, str, float], ...] = (
 )  # fmt: skip
 
 
+@functools.cache
 def known(device: str) -> tuple[str, float] | None:
     """Return compute capability and GB/s of a GPU by its name, None for one that is not in the list.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,10 @@ class Table:
     def name(self) -> str:
         """The file's name without its folder."""
         return self.path.rsplit("/", 1)[-1]
+
+    def named(self, faults: Iterable[str]) -> list[str]:
+        """Return faults, each once and with the file's name before it."""
+        return [one if one.startswith(self.name) else f"{self.name}: {one}" for one in dict.fromkeys(faults)]
 
 
 def read_bench(path: str | Path | None) -> Table:
@@ -92,9 +96,18 @@ def where(rows: list[Row]) -> str:
     return f"{count} line {first['line']} ({', '.join(tags)})"
 
 
-def summary(reasons: Iterable[str]) -> str:
-    """Join reasons into one line; each names its rows by the first of them and a count."""
-    return "; ".join(dict.fromkeys(reasons))
+def some(rows: list[Row], bad: Callable[[Row], object], text: str) -> Iterator[str]:
+    """Yield one fault that names the rows for which `bad` holds; `text` may name columns of the first, in braces."""
+    if found := [row for row in rows if bad(row)]:
+        yield f"{text.format(**found[0])}: {where(found)}"
+
+
+def cells(rows: list[Row], columns: Iterable[str], bad: Callable[[float], bool], text: str) -> Iterator[str]:
+    """Yield one fault for each column with cells for which `bad` holds; {column}, {got}, {written} may be in `text`."""
+    for column in columns:
+        if found := [row for row in rows if bad(row[column])]:
+            got = {"got": found[0][column], "written": found[0].get(f"{column}_text", "")}
+            yield f"{text.format(column=column, **got)}: {where(found)}"
 
 
 def _read(path: str | Path | None, kind: str, columns: tuple[str, ...], numeric: tuple[str, ...]) -> Table:

@@ -9,8 +9,8 @@ from pathlib import Path
 from nsa_sel.measure import schema
 from nsa_sel.measure.judge import checks
 from nsa_sel.measure.judge.rules import Rules
-from nsa_sel.measure.judge.tables import Row, read_bench, summary, where
-from nsa_sel.measure.judge.trust import bench_faults, compare, intervals_of
+from nsa_sel.measure.judge.tables import Row, read_bench, where
+from nsa_sel.measure.judge.trust import bench_faults, compare
 from nsa_sel.measure.report.markdown import table_lines
 
 SLOWER = 1 / 1.1  # nothing may get more than 10 % slower than the baseline
@@ -80,21 +80,19 @@ def find_threshold(rows: list[Row], margin: float, max_mae: float) -> Threshold:
 
 def threshold_of_files(paths: list[str | Path], rules: Rules, backend: str) -> Threshold:
     """Find the threshold over several bench.csv, each of which must be believable on its own."""
-    faults: list[str] = []
     tables = [read_bench(path) for path in paths]
-    for table in tables:
-        faults += bench_faults(table, rules, backend)
-    if len({Path(path).resolve() for path in paths}) < len(paths):
-        faults.append("the same file was given twice")
     rows = [row for table in tables for row in table.rows]
+    faults = [fault for table in tables for fault in bench_faults(table, rules, backend)]
     faults += checks.device_faults(rows)
-    if len({row["commit"] for row in rows}) > 1:
-        faults.append("files of several commits")
-    if not paths:
-        faults.append("no bench file was given")
+    for wrong, text in (
+        (len({Path(path).resolve() for path in paths}) < len(paths), "the same file was given twice"),
+        (len({row["commit"] for row in rows}) > 1, "files of several commits"),
+        (not paths, "no bench file was given"),
+    ):
+        faults += [text] if wrong else []
     if faults:
-        return Threshold(schema.NOT_MEASURED, None, summary(faults))
-    compared = [row for table in tables for row in compare(table.rows, intervals_of(table), backend)]
+        return Threshold(schema.NOT_MEASURED, None, "; ".join(dict.fromkeys(faults)))
+    compared = [row for table in tables for row in compare(table, backend)]
     return find_threshold(compared, rules.roi_margin, rules.stability_max_mae)
 
 
@@ -112,17 +110,14 @@ def threshold_page(found: Threshold, rules: Rules, backend: str, sources: list[s
     ]
     if not found.groups:
         return "\n".join([*lines, "", "Nothing below is filled in, because the data cannot be believed.", ""])
-    lines += ["", "## By L and distribution", "", *table_lines(HEADER, [_for_print(one) for one in found.groups])]
+    header = ("L", "distribution", "rows", "slowest", "median", "largest MAE", "holds")
+    table = [
+        (one.L, one.dist, one.rows, f"{one.slowest:.2f}x", f"{one.median:.2f}x", f"{one.mae:.2g}",
+         "yes" if one.holds else "**no**") for one in found.groups
+    ]  # fmt: skip
+    lines += ["", "## By L and distribution", "", *table_lines(header, table)]
     lines += ["", "## What routing below the threshold costs", "", *_routing_cost(found)]
     return "\n".join([*lines, ""])
-
-
-HEADER = ("L", "distribution", "rows", "slowest", "median", "largest MAE", "holds")
-
-
-def _for_print(one: Group) -> tuple[str, ...]:
-    figures = (f"{one.slowest:.2f}x", f"{one.median:.2f}x", f"{one.mae:.2g}")
-    return (str(one.L), one.dist, str(one.rows), *figures, "yes" if one.holds else "**no**")
 
 
 def _routing_cost(found: Threshold) -> list[str]:

@@ -7,6 +7,7 @@ earlier way of deciding passed on the rows that its filters had left over. Every
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -15,15 +16,21 @@ from nsa_sel.measure import schema
 from nsa_sel.measure.judge import checks
 from nsa_sel.measure.judge.gpus import known
 from nsa_sel.measure.judge.rules import Rules
-from nsa_sel.measure.judge.tables import Row, Table, entries, inner, name_of, number, where
+from nsa_sel.measure.judge.tables import NAN, Row, Table, cells, entries, inner, name_of, number, over, some, where
 
 SHAPE = ("dist", "dtype", *schema.BENCH_SHAPE)
-KEY = ("workload", "backend", "mode")
+KEY = ("workload", "backend", "mode")  # what the JSON names a row by
+WORKED_OUT = ("speedup", "gbps", "ceiling_share")
+
+
+def key_of(row: Row, *columns: str) -> tuple[Any, ...]:
+    """Return some columns of a row, by default those that the JSON names it by."""
+    return tuple(row[column] for column in columns or KEY)
 
 
 def case_of(row: Row) -> tuple[Any, ...]:
     """Return what makes two rows the same measurement by two backends, whatever the mode."""
-    return (row["workload"], *(row[column] for column in SHAPE))
+    return key_of(row, "workload", *SHAPE)
 
 
 def judged(rows: list[Row]) -> list[Row]:
@@ -32,14 +39,14 @@ def judged(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row["mode"] == ("graph" if case_of(row) in graph else "eager")]
 
 
-def compare(rows: list[Row], intervals: dict[tuple[Any, ...], Any], backend: str) -> list[Row]:
+def compare(table: Table, backend: str) -> list[Row]:
     """Return the judged rows of `backend` with `roi`, the faster baseline's time over theirs, and its lower end.
 
     Both come from the times: `roi_low` is the low end of the baseline's 95 % interval over the high end of the row's.
     """
-    found = []
+    found, intervals = [], intervals_of(table)
     by_case: dict[Any, dict[str, Row]] = {}
-    for row in judged(rows):
+    for row in judged(table.rows):
         by_case.setdefault(case_of(row), {})[row["backend"]] = row
     for named in by_case.values():
         if backend in named:
@@ -51,17 +58,11 @@ def compare(rows: list[Row], intervals: dict[tuple[Any, ...], Any], backend: str
     return found
 
 
-def key_of(row: Row) -> tuple[Any, ...]:
-    """Return what the JSON names a row by."""
-    return tuple(row[k] for k in KEY)
-
-
 def intervals_of(table: Table) -> dict[tuple[Any, ...], Any]:
     """Return the confidence intervals of a run by `key_of`; one that stands twice is none."""
-    found = entries(table.facts, "intervals")
-    keys = [name_of(one, KEY) for one in found]
-    counts = Counter(keys)
-    return {key: one.get("ms_median_ci95") for key, one in zip(keys, found, strict=True) if counts[key] == 1}
+    found = [(name_of(one, KEY), one.get("ms_median_ci95")) for one in entries(table.facts, "intervals")]
+    counts = Counter(key for key, _ in found)
+    return {key: interval for key, interval in found if counts[key] == 1}
 
 
 def bench_faults(table: Table, rules: Rules, backend: str) -> list[str]:
@@ -75,35 +76,37 @@ def bench_faults(table: Table, rules: Rules, backend: str) -> list[str]:
     # itself, so may the others. Only rows of other backends that say they did not run are left alone.
     claims = [row for row in rows if row["backend"] in named or row["ran"] or row["ms_median_text"]]
     ran = [row for row in claims if row["ran"] == row["backend"]]
-    calls = {name_of(one, KEY): one.get("calls") for one in entries(table.facts, "intervals")}
+    calls = {name_of(one, KEY): number(one.get("calls")) for one in entries(table.facts, "intervals")}
+    base = {(case_of(r), r["mode"]): r["ms_median"] for r in claims if r["backend"] == schema.BASELINE}
     for row in rows:
-        row["calls"] = found if isinstance(found := calls.get(key_of(row)), int) and found > 0 else 1
+        row["calls"] = max(1.0, calls.get(key_of(row), 1.0))
+        rate = over(row["bytes"], row["ms_median"] * 1e6)
+        row |= {"true_speedup": over(base.get((case_of(row), row["mode"]), NAN), row["ms_median"]), "true_gbps": rate}
+        row |= {"true_ceiling_share": over(rate, row["ceiling_gbps"])}
     deciding = {id(row) for row in judged(decisive)}
-    faults = [
-        *table.faults,
-        *checks.run_faults(table),
-        *_absent(rows, named),
-        *checks.did_not_run(decisive),
-        *checks.device_faults(rows),
-        *_numbers([row for row in claims if row["ran"] == row["backend"] or row["backend"] not in named]),
-        *checks.time_faults(claims, rules, tight=lambda row: id(row) in deciding),
-        *_errors(ran, rules),
-        *_impossible(claims, rules),
-        *_shapes(claims, rules),
-        *_figures(claims, rules),
-        *_ceilings(claims, rules),
-        *_repeats(rows, inner(table.facts, "workloads")),
-        *_unpaired(rows, named),
-        *_distributions([row for row in judged(rows) if row["backend"] == backend], rules),
-        *_baseline(decisive, rules),
-        *_patterns(ran, decisive, rules),
-        *_beside(table, ran),
-        *checks.clock_faults(
-            table, ("workload", "mode"), ((r["workload"], r["mode"]) for r in judged(decisive)), rules
-        ),
-        *_anchors(table, ran, rules),
-    ]
-    return [fault if fault.startswith(table.name) else f"{table.name}: {fault}" for fault in dict.fromkeys(faults)]
+    return table.named(
+        [
+            *table.faults,
+            *checks.run_faults(table),
+            *_absent(rows, named),
+            *checks.did_not_run(decisive),
+            *checks.device_faults(rows),
+            *_numbers([row for row in claims if row["ran"] == row["backend"] or row["backend"] not in named]),
+            *checks.time_faults(claims, rules, tight=lambda row: id(row) in deciding),
+            *_rows(claims, rules),
+            *_figures(claims, rules),
+            *_repeats(rows, inner(table.facts, "workloads")),
+            *_unpaired(rows, named),
+            *_distributions([row for row in judged(rows) if row["backend"] == backend], rules),
+            *_baseline(decisive, rules),
+            *_patterns(ran, decisive, rules),
+            *_beside(table, ran),
+            *checks.clock_faults(
+                table, ("workload", "mode"), (key_of(r, "workload", "mode") for r in judged(decisive)), rules
+            ),
+            *_anchors(table, ran, rules),
+        ]
+    )
 
 
 def bench_remarks(table: Table) -> list[str]:
@@ -126,103 +129,70 @@ def _numbers(claims: list[Row]) -> Iterator[str]:
     return checks.number_faults(empty, schema.BENCH_COUNTS, schema.BENCH_FIGURES)
 
 
-def _errors(ran: list[Row], rules: Rules) -> Iterator[str]:
-    for column in ("mae", "max_err"):
-        if bad := [row for row in ran if row[column] < 0]:
-            yield f"{column} is below zero (got {bad[0][column]:g}): {where(bad)}"
-    if bad := [row for row in ran if row["mae"] > row["max_err"] * (1 + checks.ROUNDING)]:
-        yield f"the mean error is above the largest error: {where(bad)}"
-    half = [row for row in ran if schema.DTYPE_BYTES.get(row["dtype"]) == 2 and row["L"] > 1]
-    if bad := [row for row in half if row["mae"] == 0 or row["max_err"] == 0]:
-        yield f"an error of exactly 0 in half precision, where rounding must show: {where(bad)}"
+def _rows(claims: list[Row], rules: Rules) -> Iterator[str]:
+    """What a row says by itself: errors, shape, bytes, and what no GPU can do."""
+    yield from cells(claims, ("mae", "max_err"), lambda value: value < 0, "{column} is below zero (got {got:g})")
+    nothing = "{column} is not above zero (got {got:g})"
+    yield from cells(claims, ("ceiling_gbps", *WORKED_OUT), lambda value: value <= 0, nothing)
+    yield from some(
+        claims, lambda r: r["mae"] > r["max_err"] * checks.HIGH, "the mean error is above the largest error"
+    )
+    half = [row for row in claims if schema.DTYPE_BYTES.get(row["dtype"]) == 2 and row["L"] > 1]
+    exact = "an error of exactly 0 in half precision, where rounding must show"
+    yield from some(half, lambda r: r["mae"] == 0 or r["max_err"] == 0, exact)
+    few = f"fewer than {rules.trust_min_iters:g} iterations (got {{iters:g}})"
+    yield from some(claims, lambda r: r["ran"] and r["iters"] < rules.trust_min_iters, few)
+    yield from some(claims, lambda r: r["mode"] not in schema.MODES, "unknown mode {mode:.40}")
+    yield from some(claims, lambda r: r["dtype"] not in schema.DTYPE_BYTES, "unknown dtype {dtype:.40}")
+    rows_off = "rows is not B x S x G"
+    yield from some(claims, lambda r: abs(r["rows"] - r["B"] * r["S"] * r["G"]) > 0, rows_off)
+    yield from some(claims, lambda r: r["L"] > r["S_kv"], "more tokens selected than there are")
+    bytes_off = "bytes {bytes:g} are off the shape"
+    yield from some(claims, lambda r: abs(over(r["bytes"], _bytes(r)) - 1) > rules.trust_bytes_off, bytes_off)
+    # The rate is also worked out from bytes and time, or a wrong column would hide an impossible time.
+    share = f"faster than {rules.trust_ceiling:g}x the measured ceiling (got {{true_ceiling_share:.3g}}x)"
+    yield from some(claims, lambda r: max(r["ceiling_share"], r["true_ceiling_share"]) > rules.trust_ceiling, share)
+    physical = "a ceiling above what the GPU can physically read ({ceiling_gbps:.4g} GB/s, {device})"
+    yield from some(
+        claims,
+        lambda r: (gpu := known(r["device"])) is not None and r["ceiling_gbps"] > gpu[1] * rules.trust_physical,
+        physical,
+    )
 
 
-def _impossible(claims: list[Row], rules: Rules) -> Iterator[str]:
-    for column in ("gbps", "ceiling_gbps", "ceiling_share", "speedup"):
-        if bad := [row for row in claims if row[column] <= 0]:
-            yield f"{column} is not above zero (got {bad[0][column]:g}): {where(bad)}"
-    if bad := [row for row in claims if row["ran"] and row["iters"] < rules.trust_min_iters]:
-        yield f"fewer than {rules.trust_min_iters:g} iterations (got {bad[0]['iters']:g}): {where(bad)}"
-    if bad := [row for row in claims if row["mode"] not in schema.MODES]:
-        yield f"unknown mode {bad[0]['mode'][:40]!r}: {where(bad)}"
-
-
-def _shapes(claims: list[Row], rules: Rules) -> Iterator[str]:
-    if bad := [row for row in claims if row["rows"] != row["B"] * row["S"] * row["G"] and not math.isnan(row["rows"])]:
-        yield f"rows is not B x S x G: {where(bad)}"
-    if unknown := [row for row in claims if row["dtype"] not in schema.DTYPE_BYTES]:
-        yield f"unknown dtype {unknown[0]['dtype'][:40]!r}: {where(unknown)}"
-    if bad := [row for row in claims if row["L"] > row["S_kv"]]:
-        yield f"more tokens selected than there are: {where(bad)}"
-    for row in claims:
-        element = schema.DTYPE_BYTES.get(row["dtype"], math.nan)
-        per_row = (row["L"] + row["h"]) * (row["Dk"] + row["Dv"]) * element + row["h"] * 4 + row["n"] * 8
-        expected = row["rows"] * per_row
-        if expected > 0 and abs(row["bytes"] / expected - 1) > rules.trust_bytes_off:
-            yield f"bytes {row['bytes']:g} are off the shape's {expected:g}: {where([row])}"
-            return
+def _bytes(row: Row) -> float:
+    element = schema.DTYPE_BYTES.get(row["dtype"], NAN)
+    return schema.call_bytes(row["rows"], row["h"], (row["Dk"], row["Dv"]), row["n"], row["L"], element)  # type: ignore[arg-type]
 
 
 def _figures(claims: list[Row], rules: Rules) -> Iterator[str]:
     """Every figure in a column, beside the one that the times give."""
-    base = {(case_of(r), r["mode"]): r["ms_median"] for r in claims if r["backend"] == schema.BASELINE}
-    for row in claims:
-        if not row["ms_median"] > 0:
-            continue
-        times = base.get((case_of(row), row["mode"]), math.nan)
-        row["true"] = {
-            "speedup": times / row["ms_median"],
-            "gbps": row["bytes"] / row["ms_median"] / 1e6,
-            "ceiling_share": row["bytes"] / row["ms_median"] / 1e6 / row["ceiling_gbps"]
-            if row["ceiling_gbps"]
-            else math.nan,
-        }
-    for column in ("speedup", "gbps", "ceiling_share"):
-        for row in claims:
-            true = row.get("true", {}).get(column, math.nan)
-            if true and abs(row[column] / true - 1) > rules.trust_speedup_off:
-                yield f"{column} {row[column]:g} is off the times beside it ({true:.4g}): {where([row])}"
-                break
-            if column == "speedup" and not math.isnan(row[column]) and math.isnan(true):
-                yield f"a speedup with no {schema.BASELINE} time beside it: {where([row])}"
-                break
-
-
-def _ceilings(claims: list[Row], rules: Rules) -> Iterator[str]:
-    # The rate is also worked out from bytes and time, or a wrong gbps column would hide an impossible time.
-    for row in claims:
-        share = max(row.get("true", {}).get("ceiling_share", 0), row["ceiling_share"])
-        if share > rules.trust_ceiling:
-            yield f"faster than {rules.trust_ceiling:g}x the measured ceiling (got {share:.3g}x): {where([row])}"
-            break
-    for row in claims:
-        gpu = known(row["device"])
-        if gpu and row["ceiling_gbps"] > gpu[1] * rules.trust_physical:
-            got = f"{row['ceiling_gbps']:.4g} GB/s, {row['device']} delivers {gpu[1]:g}"
-            yield f"a ceiling above what the GPU can physically read ({got}): {where([row])}"
-            break
-    values: dict[Any, set[float]] = {}
+    for column in WORKED_OUT:
+        off = [r for r in claims if abs(over(r[column], r[f"true_{column}"]) - 1) > rules.trust_speedup_off]
+        for row in off[:1]:
+            true = f"{row[column]:g} is off the times beside it ({row[f'true_{column}']:.4g})"
+            yield f"{column} {true}: {where(off)}"
+    alone = f"a speedup with no {schema.BASELINE} time beside it"
+    yield from some(claims, lambda r: r["speedup"] > 0 and math.isnan(r["true_speedup"]), alone)
+    ceilings: dict[Any, set[float]] = {}
     for row in claims:
         if not math.isnan(row["ceiling_gbps"]):
-            values.setdefault((case_of(row), row["mode"]), set()).add(row["ceiling_gbps"])
-    for row in claims:
-        if len(values.get((case_of(row), row["mode"]), ())) > 1:
-            yield f"several ceilings for one case and mode: {where([row])}"
-            break
+            ceilings.setdefault((case_of(row), row["mode"]), set()).add(row["ceiling_gbps"])
+    several = "several ceilings for one case and mode"
+    yield from some(claims, lambda r: len(ceilings.get((case_of(r), r["mode"]), ())) > 1, several)
 
 
 def _repeats(rows: list[Row], workloads: dict[str, Any]) -> Iterator[str]:
     seen = Counter((case_of(row), row["mode"], row["backend"]) for row in rows)
-    if again := [row for row in rows if seen[(case_of(row), row["mode"], row["backend"])] > 1]:
-        yield f"the same case stands more than once, and nothing says which holds: {where(again)}"
+    again = "the same case stands more than once, and nothing says which holds"
+    yield from some(rows, lambda r: seen[(case_of(r), r["mode"], r["backend"])] > 1, again)
     names: dict[Any, set[str]] = {}
     for row in rows:
         # Block and page sizes have no column: two workloads may differ in these alone.
         more = inner(workloads, row["workload"])
-        row["shape"] = (*(row[c] for c in SHAPE), *(str(more.get(size)) for size in ("block_size", "page_size")))
+        row["shape"] = (*key_of(row, *SHAPE), *(str(more.get(size)) for size in ("block_size", "page_size")))
         names.setdefault(row["shape"], set()).add(row["workload"])
-    if twice := [row for row in rows if len(names[row["shape"]]) > 1]:
-        yield f"the same case under several names ({', '.join(sorted(names[twice[0]['shape']]))}): {where(twice)}"
+    yield from some(rows, lambda r: len(names[r["shape"]]) > 1, "the same case under several names ({workload}, ...)")
 
 
 def _unpaired(rows: list[Row], named: tuple[str, ...]) -> Iterator[str]:
@@ -233,8 +203,7 @@ def _unpaired(rows: list[Row], named: tuple[str, ...]) -> Iterator[str]:
         lonely = [row for row in judged(rows) if name not in by_case[case_of(row)]]
         if lonely and any(row["backend"] == name for row in rows):
             yield f"no {name} row beside the others: {where(lonely)}"
-    if left := [row for row in rows if case_of(row) not in by_case]:
-        yield f"neither graph nor eager rows: {where(left)}"
+    yield from some(rows, lambda r: case_of(r) not in by_case, "neither graph nor eager rows")
 
 
 def _distributions(mine: list[Row], rules: Rules) -> Iterator[str]:
@@ -257,55 +226,45 @@ def _baseline(decisive: list[Row], rules: Rules) -> Iterator[str]:
     limit = rules.stability_max_mae
     others = [row for row in decisive if row["backend"] in schema.BASELINES and row["mae"] > limit]
     right = {(case_of(r), r["mode"]) for r in decisive if r["backend"] not in schema.BASELINES and r["mae"] <= limit}
-    if bad := [row for row in others if (case_of(row), row["mode"]) in right]:
-        yield f"the baseline computed something else (MAE {bad[0]['mae']:.3g} against the oracle): {where(bad)}"
+    wrong = "the baseline computed something else (MAE {mae:.3g} against the oracle)"
+    yield from some(others, lambda r: (case_of(r), r["mode"]) in right, wrong)
 
 
 def _patterns(ran: list[Row], decisive: list[Row], rules: Rules) -> Iterator[str]:
     for backend, mode in dict.fromkeys((row["backend"], row["mode"]) for row in ran):
         mine = [row for row in ran if (row["backend"], row["mode"]) == (backend, mode)]
-        for columns in (("mae",), ("max_err",), ("ms_median", "ms_p20", "ms_p80")):
-            yield from checks.alike_faults(mine, columns, rules, lambda row: row["shape"])
+        for columns in (("mae",), ("max_err",), schema.TIMES):
+            yield from checks.alike_faults(mine, columns, rules, operator.itemgetter("shape"))
     timed = [row for row in judged(decisive) if row["ran"] == row["backend"] and row["bytes"] > 0]
-    all_else = [c for c in SHAPE if c not in ("L", "n", "rows", "B", "S_kv")]
-
-    def same(*kept: str) -> Any:
-        return lambda row: tuple(row[c] for c in (*all_else, *kept, "backend", "mode"))
-
+    same = [c for c in SHAPE if c not in ("L", "n", "rows", "B", "S_kv")] + ["backend", "mode"]
     spans = [row for row in timed if row["dist"] != "blocks"]
-    yield from checks.fall_faults(spans, same("rows", "S_kv"), lambda row: row["bytes"], rules)
-    yield from checks.fall_faults(timed, same("L", "n", "S_kv"), lambda row: row["bytes"], rules)
+    for rows, kept in ((spans, ("rows", "S_kv")), (timed, ("L", "n", "S_kv"))):
+        yield from checks.fall_faults(rows, operator.itemgetter(*same, *kept), operator.itemgetter("bytes"), rules)
 
 
 def _beside(table: Table, ran: list[Row]) -> Iterator[str]:
     """What the JSON says of the rows: the interval of each, and the workloads there were."""
     if not table.facts:
         return
-    intervals = intervals_of(table)
+    intervals, workloads = intervals_of(table), inner(table.facts, "workloads")
     for row in ran:
         if fault := checks.interval_fault(row, intervals.get(key_of(row))):
             yield f"{fault}: {where([row])}"
             break
-    workloads = inner(table.facts, "workloads")
-    for name in workloads:
-        if not any(row["workload"] == name for row in table.rows):
-            yield f"workload {name} was measured and has no row"
-            break
-    for row in table.rows:
-        whole = inner(workloads, row["workload"])
-        if any(whole.get(c) != row[c] for c in SHAPE if c != "rows"):
-            yield f"a workload that the JSON does not hold, or not of this shape: {where([row])}"
-            break
+    if absent := sorted(set(workloads) - {row["workload"] for row in table.rows}):
+        yield f"workload {absent[0]} was measured and has no row"
+    other = "a workload that the JSON does not hold, or not of this shape"
+    shape = [column for column in SHAPE if column != "rows"]
+    yield from some(table.rows, lambda r: any(inner(workloads, r["workload"]).get(c) != r[c] for c in shape), other)
 
 
 def _anchors(table: Table, ran: list[Row], rules: Rules) -> Iterator[str]:
-    found = {name_of(a, KEY): a for a in entries(table.facts, "anchors")}
-    base = {(row["workload"], row["mode"]): row["ms_median"] for row in ran if row["backend"] == schema.BASELINE}
-    for row in ran:
-        if row["backend"] in schema.HERE or not table.facts:
-            continue
-        anchor = number(found.get(key_of(row), {}).get("anchor_ms"))
-        off = abs(anchor / base.get((row["workload"], row["mode"]), math.nan) - 1)
-        if not off <= rules.trust_anchor_off + 10 * checks.ROUNDING:
-            yield f"its process did not time sdpa within {rules.trust_anchor_off:.0%} of this one: {where([row])}"
-            return
+    found = {name_of(a, KEY): number(a.get("anchor_ms")) for a in entries(table.facts, "anchors")}
+    base = {key_of(r, "workload", "mode"): r["ms_median"] for r in ran if r["backend"] == schema.BASELINE}
+    limit = rules.trust_anchor_off + 10 * checks.ROUNDING
+    peers = [row for row in ran if row["backend"] not in schema.HERE and table.facts]
+
+    def apart(row: Row) -> bool:
+        return not abs(over(found.get(key_of(row), NAN), base.get(key_of(row, "workload", "mode"), NAN)) - 1) <= limit
+
+    yield from some(peers, apart, f"its process did not time sdpa within {rules.trust_anchor_off:.0%} of this one")

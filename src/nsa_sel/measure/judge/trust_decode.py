@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 from nsa_sel.measure import schema
 from nsa_sel.measure.judge import checks
 from nsa_sel.measure.judge.rules import Rules
-from nsa_sel.measure.judge.tables import Row, Table, entries, inner, number, over, where
+from nsa_sel.measure.judge.tables import Row, Table, entries, inner, number, over, some, where
 
 STEP_KEYS = ("B", "context")
 
@@ -72,7 +73,7 @@ def decode_faults(table: Table, rules: Rules, backend: str) -> list[str]:
     rows = table.rows
     claims = [row for row in rows if row["backend"] in named or row["ran"] or row["ms_median_text"]]
     steps = steps_of(table, backend)
-    faults = [
+    found = [
         *table.faults,
         *checks.run_faults(table),
         *_stages(rows, backend),
@@ -87,7 +88,7 @@ def decode_faults(table: Table, rules: Rules, backend: str) -> list[str]:
         *_beside(table, steps),
         *checks.clock_faults(table, STEP_KEYS, ((step.B, step.context) for step in steps), rules),
     ]
-    return [fault if fault.startswith(table.name) else f"{table.name}: {fault}" for fault in dict.fromkeys(faults)]
+    return table.named(found)
 
 
 def decode_remarks(table: Table, rules: Rules, backend: str) -> list[str]:
@@ -97,8 +98,7 @@ def decode_remarks(table: Table, rules: Rules, backend: str) -> list[str]:
 
 
 def _stages(rows: list[Row], backend: str) -> Iterator[str]:
-    if unknown := [row for row in rows if row["stage"] not in (*schema.STAGES, schema.STEP)]:
-        yield f"unknown stage {unknown[0]['stage'][:40]!r}: {where(unknown)}"
+    yield from some(rows, lambda r: r["stage"] not in (*schema.STAGES, schema.STEP), "unknown stage {stage:.40}")
     selecting = [row["backend"] for row in rows if row["stage"] == "select"]
     for name in (schema.BASELINE, backend):
         if name not in selecting:
@@ -108,11 +108,10 @@ def _stages(rows: list[Row], backend: str) -> Iterator[str]:
 
 def _grid(rows: list[Row], steps: list[Step], backend: str) -> Iterator[str]:
     """Every B at every context, every stage once: a step without a stage makes the others' shares look larger."""
-    keys = [tuple(row[key] for key in (*STEP_KEYS, "stage", "backend")) for row in rows]
-    seen = Counter(keys)
-    again = [row for row, key in zip(rows, keys, strict=True) if seen[key] > 1]
-    if again:
-        yield f"the same stage stands more than once, and nothing says which holds: {where(again)}"
+    key = operator.itemgetter(*STEP_KEYS, "stage", "backend")
+    seen = Counter(map(key, rows))
+    again = "the same stage stands more than once, and nothing says which holds"
+    yield from some(rows, lambda r: seen[key(r)] > 1, again)
     needed = [(s, schema.TORCH) for s in schema.STAGES if s != "select"]
     needed += [(s, name) for s in ("select", schema.STEP) for name in (schema.BASELINE, backend)]
     for step in steps:
@@ -127,8 +126,7 @@ def _grid(rows: list[Row], steps: list[Step], backend: str) -> Iterator[str]:
 
 
 def _shares(claims: list[Row], steps: list[Step], rules: Rules) -> Iterator[str]:
-    if bad := [row for row in claims if not 0 <= row["share"] <= 1 and not math.isnan(row["share"])]:
-        yield f"share is no fraction of the step (got {bad[0]['share']:g}): {where(bad)}"
+    yield from some(claims, lambda r: r["share"] < 0 or r["share"] > 1, "share is no fraction of the step ({share:g})")
     for step in steps:
         for (stage, name), row in step.rows.items():
             whole = step.ms(schema.STEP, schema.BASELINE if name == schema.TORCH else name)
@@ -160,9 +158,7 @@ def _accounts(steps: list[Step], rules: Rules) -> Iterator[str]:
 def _patterns(rows: list[Row], rules: Rules) -> Iterator[str]:
     for stage, name in dict.fromkeys((row["stage"], row["backend"]) for row in rows):
         mine = [row for row in rows if (row["stage"], row["backend"]) == (stage, name)]
-        yield from checks.alike_faults(
-            mine, ("ms_median", "ms_p20", "ms_p80"), rules, lambda row: tuple(row[key] for key in STEP_KEYS)
-        )
+        yield from checks.alike_faults(mine, schema.TIMES, rules, operator.itemgetter(*STEP_KEYS))
     whole = [row for row in rows if row["stage"] == schema.STEP]
     for key, other in (STEP_KEYS, STEP_KEYS[::-1]):
         same, size = (lambda row, key=key: (row["backend"], row[key])), (lambda row, other=other: row[other])

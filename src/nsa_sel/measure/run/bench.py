@@ -13,7 +13,7 @@ import torch
 from nsa_sel.measure import schema
 from nsa_sel.measure.run import clock
 from nsa_sel.measure.run.ceiling import fastest_reader
-from nsa_sel.measure.run.contestants import HERE, Contestant, check_of, moved_bytes
+from nsa_sel.measure.run.contestants import Contestant, check_of, moved_bytes
 from nsa_sel.measure.run.environment import device_columns
 from nsa_sel.measure.run.inputs import Inputs
 from nsa_sel.measure.run.peers import Adapter, Peer
@@ -29,6 +29,7 @@ from nsa_sel.measure.run.race import (
     too_large,
 )
 from nsa_sel.measure.run.workload import Workload
+from nsa_sel.measure.schema import HERE
 
 CEILING = "ceiling"
 NOT_STARTED = "not started within"
@@ -117,8 +118,8 @@ class _OneWorkload:
                 self._add(mode, error.args[1])
         refused = {adapter.name: self._refusal(adapter, variants[0]) for adapter, _ in peers}
         del variants, oracle
-        gc.collect()
         if self.settings.device.type == "cuda" and lost is None:
+            gc.collect()
             torch.cuda.empty_cache()  # the peers' processes make the same inputs
         for mode in self.settings.modes:
             for _, peer in peers:

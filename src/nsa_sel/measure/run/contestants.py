@@ -11,10 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import nsa_sel
 from nsa_sel.measure.run.inputs import Inputs
 from nsa_sel.measure.run.workload import Workload
-
-OWN = ("cuda", "triton", "sdpa")
-PREPARED, GATHERED = "sdpa_prepared", "sdpa_gathered"
-HERE = (*OWN, PREPARED, GATHERED)  # what needs no peer's library and runs in one process, interleaved
+from nsa_sel.measure.schema import HERE
 
 
 class Contestant(Protocol):
@@ -64,7 +61,7 @@ class Own:
 class Prepared:
     """What a user would write who knows the tokens beforehand: gather K and V by a ready index, then SDPA."""
 
-    name = PREPARED
+    name = "sdpa_prepared"
 
     def refuses(self, inputs: Inputs) -> str | None:
         """Return None: it takes everything."""
@@ -88,7 +85,7 @@ class Prepared:
 class Gathered:
     """SDPA over K and V that were gathered beforehand: a bound for what gathers, not an option anybody has."""
 
-    name = GATHERED
+    name = "sdpa_gathered"
 
     def refuses(self, inputs: Inputs) -> str | None:
         """Return None: it takes everything."""
@@ -170,7 +167,7 @@ def moved_bytes(inputs: Inputs) -> int:
 
 def own_contestants(names: list[str]) -> list[Contestant]:
     """Return the contestants of this package and its baselines among `names`."""
-    plain: dict[str, Contestant] = {PREPARED: Prepared(), GATHERED: Gathered()}
+    plain: dict[str, Contestant] = {one.name: one for one in (Prepared(), Gathered())}
     return [plain.get(name) or Own(name) for name in names if name in HERE]
 
 

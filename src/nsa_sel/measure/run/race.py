@@ -11,10 +11,11 @@ import torch
 
 import nsa_sel
 from nsa_sel.measure.run import clock
-from nsa_sel.measure.run.contestants import OWN, Contestant
+from nsa_sel.measure.run.contestants import Contestant
 from nsa_sel.measure.run.environment import clocks
 from nsa_sel.measure.run.inputs import Inputs, oracle_rows, variants_of
 from nsa_sel.measure.run.workload import Workload
+from nsa_sel.measure.schema import OWN
 from nsa_sel.reference import selection_attention_reference
 
 CLOCK_DRIFT = 0.03  # of a case measured again, at most twice; what remains is for the judge

@@ -19,13 +19,14 @@ from nsa_sel.measure import schema
 from nsa_sel.measure.files import csv_text, write_atomically, write_results
 from nsa_sel.measure.run import clock, store, tune
 from nsa_sel.measure.run.bench import NOT_STARTED, Results, run_bench
-from nsa_sel.measure.run.contestants import HERE, OWN, own_contestants
+from nsa_sel.measure.run.contestants import own_contestants
 from nsa_sel.measure.run.decode import facts_of, rows_of, time_steps
 from nsa_sel.measure.run.decode_step import DecodeStep, Shape
 from nsa_sel.measure.run.environment import device_columns, environment, tf32_off
 from nsa_sel.measure.run.peers import PEERS, Peer, load_peers, peers_folder
 from nsa_sel.measure.run.race import CLOCK_DRIFT, Settings, drift
 from nsa_sel.measure.run.workload import Workload
+from nsa_sel.measure.schema import HERE, OWN
 
 MAX_REASON = 200  # characters of a reason that are printed; the JSON has all of it
 
