@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -40,12 +38,5 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 @pytest.fixture(scope="session")
 def device(pytestconfig: pytest.Config) -> torch.device:
-    """Return the device, with TF32 off."""
-    tf32_off()
+    """Return the device."""
     return device_of(pytestconfig.getoption("--device"))
-
-
-@pytest.fixture(scope="session")
-def peers_folder() -> Path:
-    """Return the folder of the peers' adapters."""
-    return Path(__file__).with_name("peers")

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.gpu.runner import MORE, TELLS, arguments, finish
 from nsa_sel.measure import schema
-from nsa_sel.measure.files import read_csv, read_json, write_atomically, write_results
+from nsa_sel.measure.files import read_json, read_rows, write_atomically, write_results
 from nsa_sel.measure.judge import gate, threshold
 from nsa_sel.measure.judge.rules import load_rules
 from nsa_sel.measure.report import record
@@ -27,17 +27,9 @@ from nsa_sel.measure.run.race import ContextLostError, Settings
 from nsa_sel.measure.run.session import BenchSession, DecodeSession, device_of
 from nsa_sel.measure.run.workload import Workload, load_suites
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+FOLDER = Path(__file__).resolve().parent
 CHUNK_SECONDS = 400.0  # after which bench starts no further workload; the rest of ten minutes is for the last one
 BENCH_TIMES = tuple(name for name in schema.BENCH_FIGURES if name not in ("mae", "max_err"))
-Rows = list[dict[str, Any]]
-
-
-def rows_of(path: Path) -> Rows:
-    """Return the rows of a CSV file."""
-    header, lines = read_csv(path)
-    return [dict(zip(header, line, strict=True)) for line in lines]
 
 
 def emptied(path: Path, columns: tuple[str, ...], times: tuple[str, ...]) -> None:
@@ -45,15 +37,18 @@ def emptied(path: Path, columns: tuple[str, ...], times: tuple[str, ...]) -> Non
     data = read_json(path.with_suffix(".json"))
     kept = ("environment", "workloads", "not_measured", "skipped", "notes", "finished")
     dry = {"dry": "NOT MEASURED: no GPU, times left out"}
-    rows = [row | dict.fromkeys(times, "") for row in rows_of(path)]
+    rows = [row | dict.fromkeys(times, "") for row in read_rows(path)]
     write_results(path, columns, rows, {name: data[name] for name in kept if name in data} | dry)
+
+
+def settings_of(dry: bool, modes: tuple[str, ...] = ()) -> Settings:
+    """Return how everything is measured."""
+    return Settings(device_of("cpu" if dry else ""), modes, iters=1 if dry else 50, warmup=0 if dry else 5)
 
 
 def run_bench(out: Path, workloads: list[Workload], dry: bool, resume: bool, **more: Any) -> BenchSession:
     """Run the benchmark into `out`; what broke the CUDA context is told, and kept for the run that goes on."""
-    iters = (1, 0) if dry else (50, 5)
-    settings = Settings(device_of("cpu" if dry else ""), (), iters=iters[0], warmup=iters[1])
-    run = BenchSession(settings, more.get("modes"), more.get("names"), ROOT / "benchmarks" / "peers", out, resume)
+    run = BenchSession(settings_of(dry, more.get("modes", ())), more.get("names"), FOLDER.parent / "peers", out, resume)
     try:
         told(run.run(workloads, more.get("seconds"), every=10.0))
     except ContextLostError as error:
@@ -76,7 +71,7 @@ def bench(options: argparse.Namespace) -> None:
             (out / name).unlink(missing_ok=True)
     write_atomically(key, options.identity)
     workloads = load_suites(["ci"] if options.small or options.dry else ["plan", "decode", "models"])
-    names = ["cuda", "triton", "sdpa", "sdpa_prepared", "sdpa_gathered", *options.peers.split(",")]
+    names = [*schema.HERE, *options.peers.split(",")]
     seconds = min(CHUNK_SECONDS, max(30.0, options.seconds - 150))
     run = run_bench(
         out, workloads[: 3 if options.dry else None], options.dry, resume, seconds=seconds,
@@ -96,9 +91,9 @@ def again(options: argparse.Namespace) -> None:
     """A few shapes in a run of their own, to compare with bench.csv: again.csv."""
     part = options.out / "part"
     shutil.rmtree(part, ignore_errors=True)
-    workloads = load_suites(["ci"])[:1] if options.dry else load_suites([str(HERE / "again.toml")])
+    workloads = load_suites(["ci"])[:1] if options.dry else load_suites([str(FOLDER / "again.toml")])
     run = run_bench(
-        part, workloads, options.dry, False, names=["cuda", "sdpa"], modes=["eager" if options.dry else "graph"]
+        part, workloads, options.dry, False, names=["cuda", "sdpa"], modes=("eager" if options.dry else "graph",)
     )
     for name in ("bench.csv", "bench.json"):
         (part / name).replace(options.out / name.replace("bench", "again"))
@@ -110,8 +105,7 @@ def decode(options: argparse.Namespace) -> None:
     """The decode step by stages, with packed SDPA and with the kernel."""
     small = options.dry or options.small
     contexts, batches = ([2048], [1]) if small else (None, None)
-    device = device_of("cpu" if options.dry else "")
-    run = DecodeSession(device, contexts, batches, "", "", (), 0, 1 if options.dry else 50, 0 if options.dry else 5)
+    run = DecodeSession(settings_of(options.dry), contexts, batches)
     told(run.run(options.out))
     if options.dry:
         emptied(options.out / "decode.csv", schema.DECODE_COLUMNS, schema.DECODE_FIGURES)

@@ -1,4 +1,7 @@
-"""Adapter: PyTorch's flex_attention, compiled, under a block mask of the selected blocks."""
+"""Adapter: PyTorch's flex_attention, compiled, under a block mask of the selected blocks.
+
+Every selected block is a full one, so no mask function runs; uncompiled it would ignore the blocks.
+"""
 
 from __future__ import annotations
 
@@ -8,32 +11,23 @@ from functools import cache
 import torch
 
 from nsa_sel.measure.run.inputs import Inputs
-from nsa_sel.measure.run.peers import needs, unused_slots
+from nsa_sel.measure.run.peers import needs
 
+MODULE = "torch"
 SHAPES = 1024  # more than a run has
 
 
-class Flex:
-    """Every selected block is a full one, so no mask function runs; uncompiled it would ignore the blocks."""
+def refuses(inputs: Inputs) -> str | None:
+    """Return why it cannot take these inputs."""
+    return needs(inputs, equal_dims=False)
 
-    name = "flex"
 
-    def available(self) -> str | None:
-        """Return None: it comes with PyTorch."""
-        return None
-
-    def refuses(self, inputs: Inputs) -> str | None:
-        """Return why it cannot take these inputs."""
-        return needs(inputs, equal_dims=False) or unused_slots(inputs)
-
-    def prepare(self, inputs: Inputs) -> Callable[[], torch.Tensor]:
-        """Return compiled flex_attention over a block mask that is made here, outside of the timing."""
-        w = inputs.workload
-        mask = block_mask(inputs)
-        q = inputs.q.view(w.B * w.G, w.h, 1, w.Dk)
-        k, v = inputs.k.view(w.B * w.G, 1, w.S_kv, w.Dk), inputs.v.view(w.B * w.G, 1, w.S_kv, w.Dv)
-        run = _compiled()
-        return lambda: run(q, k, v, block_mask=mask, enable_gqa=True).view(w.B, w.S, w.G, w.h, w.Dv)
+def prepare(inputs: Inputs) -> Callable[[], torch.Tensor]:
+    """Return compiled flex_attention over a block mask that is made here, outside of the timing."""
+    w, mask, run = inputs.workload, block_mask(inputs), _compiled()
+    q = inputs.q.view(w.B * w.G, w.h, 1, w.Dk)
+    k, v = inputs.k.view(w.B * w.G, 1, w.S_kv, w.Dk), inputs.v.view(w.B * w.G, 1, w.S_kv, w.Dv)
+    return lambda: run(q, k, v, block_mask=mask, enable_gqa=True).view(w.B, w.S, w.G, w.h, w.Dv)
 
 
 def block_mask(inputs: Inputs):  # type: ignore[no-untyped-def]  # the class is imported in here
@@ -67,8 +61,3 @@ def _compiled(backend: str = "inductor") -> Callable[..., torch.Tensor]:
     config.recompile_limit = config.accumulated_recompile_limit = SHAPES
     config.fail_on_recompile_limit_hit = True
     return torch.compile(flex_attention.flex_attention, fullgraph=True, dynamic=False, backend=backend)
-
-
-def adapter() -> Flex:
-    """Return the adapter."""
-    return Flex()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nsa_sel.measure.files import read_csv
+from nsa_sel.measure.files import read_rows
 from nsa_sel.measure.run.race import Settings
 from nsa_sel.measure.run.session import BenchSession, DecodeSession
 from nsa_sel.measure.run.workload import load_suite
@@ -20,22 +20,17 @@ pytestmark = [
 CUDA = torch.device("cuda", 0)
 
 
-def rows_of(path: Path) -> list[dict[str, str]]:
-    header, lines = read_csv(path)
-    return [dict(zip(header, line, strict=True)) for line in lines]
-
-
 def test_every_mode_runs(tmp_path: Path) -> None:
     names = ["cuda", "sdpa", "sdpa_prepared", "sdpa_gathered"]
-    run = BenchSession(Settings(CUDA, (), iters=3, warmup=1), None, names, None, tmp_path, resume=False)
+    run = BenchSession(Settings(CUDA, (), iters=3, warmup=1), names, None, tmp_path, resume=False)
     list(run.run(load_suite("ci"), None, every=60))
-    found = {(row["backend"], row["mode"]) for row in rows_of(tmp_path / "bench.csv") if row["ran"] == row["backend"]}
+    found = {(row["backend"], row["mode"]) for row in read_rows(tmp_path / "bench.csv") if row["ran"] == row["backend"]}
     assert found == {(name, mode) for name in names for mode in ("eager", "graph", "streams2")}
     assert run.results.parity_failures == []
     assert run.results.clocks
 
 
 def test_decode_step_runs_in_a_graph(tmp_path: Path) -> None:
-    run = DecodeSession(CUDA, [2048], [1], "cuda", "graph", (), 0, 3, 1)
+    run = DecodeSession(Settings(CUDA, ("graph",), iters=3, warmup=1), [2048], [1], "cuda")
     list(run.run(tmp_path))
-    assert {row["ran"] for row in rows_of(tmp_path / "decode.csv")} >= {"torch", "cuda"}
+    assert {row["ran"] for row in read_rows(tmp_path / "decode.csv")} >= {"torch", "cuda"}

@@ -27,7 +27,7 @@ def test_suites_run_store_and_compare(tmp_path: Path) -> None:
         return done.stdout
 
     first = run("--benchmark-autosave")
-    assert "3 passed" in first  # sdpa, the bound over gathered K/V, and the decode step
+    assert "4 passed" in first  # packed SDPA, the two plain ways over gathered K and V, and the decode step
     assert "cuda is not measured" in first
     (stored,) = tmp_path.rglob("*.json")
     data = json.loads(stored.read_text())

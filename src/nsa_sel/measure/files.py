@@ -65,6 +65,19 @@ def read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
     return ([cell.strip() for cell in rows[0]], rows[1:]) if rows else ([], [])
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file by its header.
+
+    Raises:
+        FileError: it cannot be read, is no CSV, or a row has not as many cells as the header.
+    """
+    header, lines = read_csv(path)
+    try:
+        return [dict(zip(header, line, strict=True)) for line in lines]
+    except ValueError as error:
+        raise FileError(f"{path}: expected rows of {len(header)} cells, got others") from error
+
+
 def csv_text(columns: tuple[str, ...], rows: Iterable[dict[str, Any]]) -> str:
     """Return rows as CSV text.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
@@ -16,24 +16,24 @@ from nsa_sel.measure.run.ceiling import fastest_reader
 from nsa_sel.measure.run.contestants import Contestant, check_of, moved_bytes
 from nsa_sel.measure.run.environment import device_columns
 from nsa_sel.measure.run.inputs import Inputs
-from nsa_sel.measure.run.peers import Adapter, Peer
+from nsa_sel.measure.run.peers import Peer
 from nsa_sel.measure.run.race import (
     Case,
     ContextLostError,
+    Oracle,
     Settings,
     Timed,
-    cold_variants,
     free_memory,
-    oracle_of,
     race,
+    set_up,
     too_large,
 )
 from nsa_sel.measure.run.workload import Workload
-from nsa_sel.measure.schema import HERE
 
 CEILING = "ceiling"
 NOT_STARTED = "not started within"
 Facts = list[dict[str, Any]]
+Peers = Sequence[tuple[Contestant, Peer]]  # its adapter, for what it refuses, and its process
 
 
 @dataclass
@@ -51,20 +51,19 @@ class Results:
 
     def add(self, more: Results) -> None:
         """Take over everything in `more`."""
-        self.rows += more.rows
-        self.workloads |= more.workloads
-        self.intervals += more.intervals
-        self.clocks += more.clocks
-        self.anchors += more.anchors
-        self.not_measured += more.not_measured
-        self.skipped |= more.skipped
-        self.parity_failures += more.parity_failures
+        for one in fields(self):
+            setattr(self, one.name, joined(getattr(self, one.name), getattr(more, one.name)))
+
+
+def joined(one: Any, other: Any) -> Any:
+    """Return two lists, or two dictionaries, as one."""
+    return one | other if isinstance(one, dict) else one + other
 
 
 def run_bench(
     workloads: Iterable[Workload],
     contestants: Sequence[Contestant],
-    peers: Sequence[tuple[Adapter, Peer]],
+    peers: Peers,
     settings: Settings,
     results: Results,
     seconds: float | None = None,
@@ -99,24 +98,22 @@ class _OneWorkload:
         self.whole = False
         self.moved = self.calls = 0
         self.base: dict[str, float] = {}  # median of the baseline by mode
+        self.ceiling: dict[str, float] = {}  # GB/s by mode
 
-    def measure(self, contestants: Sequence[Contestant], peers: Sequence[tuple[Adapter, Peer]]) -> None:
-        with clock.measuring(self.settings.device):
-            variants = cold_variants(self.workload, self.settings)
-            oracle = oracle_of(self.workload, variants[0], self.settings.seed)
-            self.moved, self.calls = moved_bytes(variants[0]), len(variants)
+    def measure(self, contestants: Sequence[Contestant], peers: Peers) -> None:
+        variants, oracle = set_up(self.workload, self.settings)
+        self.moved, self.calls = moved_bytes(variants[0]), len(variants)
         lost: ContextLostError | None = None
         for mode in self.settings.modes:
             try:
-                reader, others = self._ceiling(variants, mode) if lost is None else ("", {})
-                if lost is not None:
-                    self._add(mode, Case({c.name: Timed(reason=f"not measured: {lost.args[0]}") for c in contestants}))
+                if lost is None:
+                    self._race(mode, contestants, variants, oracle)
                 else:
-                    self._add(mode, race(contestants, variants, mode, self.settings, oracle, others), reader)
+                    self._add(mode, Case({c.name: Timed(reason=f"not measured: {lost.args[0]}") for c in contestants}))
             except ContextLostError as error:
                 lost = error
                 self._add(mode, error.args[1])
-        refused = {adapter.name: self._refusal(adapter, variants[0]) for adapter, _ in peers}
+        refused = {adapter.name: _refusal(adapter, variants[0]) for adapter, _ in peers}
         del variants, oracle
         if self.settings.device.type == "cuda" and lost is None:
             gc.collect()
@@ -128,56 +125,23 @@ class _OneWorkload:
         if lost is not None:
             raise lost
 
-    def _ceiling(self, variants: list[Inputs], mode: str) -> tuple[str, dict[str, Sequence[clock.Call]]]:
+    def _race(self, mode: str, contestants: Sequence[Contestant], variants: list[Inputs], oracle: Oracle) -> None:
         device = self.settings.device
-        if clock.refused_mode(mode, device) is not None:
-            return "", {}
-        with clock.measuring(device):
-            name, self.read_bytes, calls = fastest_reader(
-                self.moved, len(variants), mode, device, free_memory(device) // 3
-            )
-        return name, {CEILING: calls}
-
-    def _refusal(self, adapter: Adapter, inputs: Inputs) -> str:
-        try:
-            return adapter.refuses(inputs) or ""
-        except Exception as error:
-            return f"{type(error).__name__}: {error}"
-
-    def _run_peer(self, mode: str, peer: Peer, refused: str) -> None:
-        if reason := refused or clock.refused_mode(mode, self.settings.device):
-            self._absence(mode, peer.name, reason)  # it takes no such inputs: no failure, and no row
-            return
-        timed, anchor = peer.measure(self.workload, mode)
-        for _ in range(2):  # a moment's disturbance must not cost the row
-            if timed.reason or not self._apart(mode, anchor):
-                break
-            timed, anchor = peer.measure(self.workload, mode)
-        if timed.samples and not timed.mae <= check_of(self.workload):
-            timed = Timed(reason=f"computed something else: MAE {timed.mae:.3g} against the oracle")
-        if not timed.reason and (off := self._apart(mode, anchor)):
-            timed = Timed(reason=f"its process times sdpa {off:.1%} from this one")
-        if anchor.samples and mode in self.base:
-            case = {"workload": self.workload.name, "backend": peer.name, "mode": mode}
-            both = {"anchor_ms": clock.quantiles(anchor.samples)[0], "sdpa_ms": self.base[mode]}
-            self.results.anchors.append(case | both)
-        self._row(mode, peer.name, timed, self._ceiling_of(mode) if timed.samples else None)
-
-    def _apart(self, mode: str, anchor: Timed) -> float:
-        """Return how far a peer's process is off this one, 0 where that is near enough."""
-        if mode not in self.base:
-            return 0.0
-        if not anchor.samples:
-            return float("inf")
-        off = abs(clock.quantiles(anchor.samples)[0] / self.base[mode] - 1)
-        return off if off > self.settings.anchor_off else 0.0
-
-    def _add(self, mode: str, case: Case, reader: str = "") -> None:
-        ceiling = case.timed.pop(CEILING, None)
-        gbps = None
-        if ceiling is not None and ceiling.samples:
-            gbps = self.read_bytes / clock.quantiles(ceiling.samples)[0] / 1e6
+        others: dict[str, Sequence[clock.Call]] = {}
+        reader, read_bytes = "", 0
+        if clock.refused_mode(mode, device) is None:
+            with clock.measuring(device):
+                memory = free_memory(device) // 3
+                reader, read_bytes, others[CEILING] = fastest_reader(self.moved, self.calls, mode, device, memory)
+        case = race(contestants, variants, mode, self.settings, oracle, others)
+        ceiling = case.timed.pop(CEILING, Timed())
+        if ceiling.samples:
+            self.ceiling[mode] = read_bytes / clock.quantiles(ceiling.samples)[0] / 1e6
             self._interval(mode, CEILING, ceiling, reader=reader)
+        self._add(mode, case)
+
+    def _add(self, mode: str, case: Case) -> None:
+        case.timed.pop(CEILING, None)
         if any(case.clocks):
             before, after = case.clocks
             self.results.clocks.append({"workload": self.workload.name, "mode": mode, "before": before, "after": after})
@@ -185,37 +149,63 @@ class _OneWorkload:
         if base is not None and base.samples and base.ran == schema.BASELINE:
             self.base[mode] = clock.quantiles(base.samples)[0]
         for name, one in case.timed.items():
-            self._row(mode, name, one, gbps)
+            self._row(mode, name, one)
 
-    def _row(self, mode: str, name: str, one: Timed, gbps: float | None) -> None:
+    def _run_peer(self, mode: str, peer: Peer, refused: str) -> None:
+        if reason := refused or clock.refused_mode(mode, self.settings.device):
+            self._absence(mode, peer.name, reason)  # it takes no such inputs: no failure, and no row
+            return
+        for _ in range(3):  # a moment's disturbance must not cost the row
+            timed, anchor = peer.measure(self.workload, mode)
+            off = self._apart(mode, anchor)
+            if timed.reason or not off:
+                break
+        if timed.samples and not timed.mae <= check_of(self.workload):
+            timed = Timed(reason=f"computed something else: MAE {timed.mae:.3g} against the oracle")
+        elif off and not timed.reason:
+            timed = Timed(reason=f"its process times sdpa {off:.1%} from this one")
+        if anchor.samples and mode in self.base:
+            case = {"workload": self.workload.name, "backend": peer.name, "mode": mode}
+            both = {"anchor_ms": clock.quantiles(anchor.samples)[0], "sdpa_ms": self.base[mode]}
+            self.results.anchors.append(case | both)
+        self._row(mode, peer.name, timed)
+
+    def _apart(self, mode: str, anchor: Timed) -> float:
+        """Return how far a peer's process is off this one, 0 where that is near enough."""
+        if mode not in self.base or not anchor.samples:
+            return float("inf") if mode in self.base else 0.0
+        off = abs(clock.quantiles(anchor.samples)[0] / self.base[mode] - 1)
+        return off if off > self.settings.anchor_off else 0.0
+
+    def _row(self, mode: str, name: str, one: Timed) -> None:
         workload = self.workload
         row: dict[str, Any] = dict.fromkeys(schema.BENCH_COLUMNS, "")
         row |= {letter: getattr(workload, letter) for letter in ("dist", "dtype", *schema.BENCH_SHAPE)}
-        row |= {"workload": workload.name, **device_columns(self.settings.device)}
-        row |= {"backend": name, "ran": one.ran, "mode": mode, "iters": len(one.samples), "bytes": self.moved}
-        row |= {} if gbps is None else {"ceiling_gbps": figure(gbps)}
+        row |= {"workload": workload.name, "backend": name, "ran": one.ran, "mode": mode, "iters": len(one.samples)}
+        row |= {"bytes": self.moved, **device_columns(self.settings.device), **one.columns()}
+        if mode in self.ceiling and (one.samples or name in schema.HERE):
+            row["ceiling_gbps"] = clock.figure(self.ceiling[mode])
         if one.samples:
-            median, low, high = clock.quantiles(one.samples)
+            median = clock.quantiles(one.samples)[0]
             rate = self.moved / median / 1e6
-            row |= {"ms_median": figure(median), "ms_p20": figure(low), "ms_p80": figure(high), "gbps": figure(rate)}
-            row |= {"mae": figure(one.mae), "max_err": figure(one.max_err)}
-            row |= {} if gbps is None else {"ceiling_share": figure(rate / gbps)}
+            row["gbps"] = clock.figure(rate)
+            row |= {"ceiling_share": clock.figure(rate / self.ceiling[mode])} if mode in self.ceiling else {}
             if mode in self.base and one.ran == name:  # what did not run is compared with nothing
-                row["speedup"] = figure(self.base[mode] / median)
+                row["speedup"] = clock.figure(self.base[mode] / median)
             self._interval(mode, name, one)
         self.results.rows.append(row)
         if one.reason:
             self._absence(mode, name, one.reason)
-        if one.samples and name in HERE and not one.mae <= check_of(workload):
-            self.results.parity_failures.append(_reproduction(workload, name, mode, self.settings, one))
+        if one.samples and name in schema.HERE and not one.mae <= check_of(workload):
+            how = f"--backend {name} --mode {mode} --seed {self.settings.seed} --device {self.settings.device}"
+            self.results.parity_failures.append(
+                f"{name} ({mode}) on {workload.name}: MAE {one.mae:.3g}, largest error {one.max_err:.3g}. "
+                f"Reproduce: nsa-sel bench {workload.arguments()} {how}"
+            )
 
     def _absence(self, mode: str, name: str, reason: str) -> None:
         absence = {"workload": self.workload.name, "backend": name, "mode": mode, "reason": reason}
         self.results.not_measured.append(absence)
-
-    def _ceiling_of(self, mode: str) -> float | None:
-        found = [r["ceiling_gbps"] for r in self.results.rows if r["mode"] == mode and r["ceiling_gbps"]]
-        return float(found[0]) if found else None
 
     def _interval(self, mode: str, name: str, one: Timed, **more: Any) -> None:
         interval = [round(x, 9) for x in clock.median_interval(one.samples)]
@@ -223,14 +213,8 @@ class _OneWorkload:
         self.results.intervals.append(row | {"calls": self.calls} | more)
 
 
-def figure(value: float) -> str:
-    """Return a number with 7 digits: a speed-up rounded to less would contradict the times beside it."""
-    return f"{value:.7g}"
-
-
-def _reproduction(workload: Workload, name: str, mode: str, settings: Settings, one: Timed) -> str:
-    return (
-        f"{name} ({mode}) on {workload.name}: MAE {one.mae:.3g}, largest error {one.max_err:.3g}. Reproduce: "
-        f"nsa-sel bench {workload.arguments()} --backend {name} --mode {mode} --seed {settings.seed} "
-        f"--device {settings.device}"
-    )
+def _refusal(adapter: Contestant, inputs: Inputs) -> str:
+    try:
+        return adapter.refuses(inputs) or ""
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"

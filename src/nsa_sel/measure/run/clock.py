@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-MODES = ("eager", "graph", "streams2")
+from nsa_sel.measure.schema import MODES, TIMES
+
 Call = Callable[[], Any]
 Sample = Callable[[], float]
 
@@ -99,8 +100,18 @@ def one_thread(device: torch.device) -> Iterator[None]:
 
 def quantiles(values: Sequence[float]) -> tuple[float, float, float]:
     """Return median, 20th and 80th percentile."""
-    median, low, high = np.quantile(np.asarray(values, dtype=float), [0.5, 0.2, 0.8])
-    return float(median), float(low), float(high)
+    median, low, high = np.quantile(np.asarray(values, dtype=float), [0.5, 0.2, 0.8]).tolist()
+    return median, low, high
+
+
+def figure(value: float) -> str:
+    """Return a number with 7 digits: a speed-up rounded to less would contradict the times beside it."""
+    return f"{value:.7g}"
+
+
+def columns(samples: Sequence[float]) -> dict[str, str]:
+    """Return the time columns of a CSV file, `schema.TIMES`."""
+    return dict(zip(TIMES, map(figure, quantiles(samples)), strict=True))
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float]:

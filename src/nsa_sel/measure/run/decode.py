@@ -13,8 +13,7 @@ import torch
 
 from nsa_sel.backends import sdpa
 from nsa_sel.measure import schema
-from nsa_sel.measure.run.bench import figure
-from nsa_sel.measure.run.clock import ModeError, flush_of, measuring, median_interval, quantiles
+from nsa_sel.measure.run.clock import ModeError, columns, figure, flush_of, measuring, median_interval, quantiles
 from nsa_sel.measure.run.decode_step import DecodeStep
 from nsa_sel.measure.run.environment import clocks, device_columns
 from nsa_sel.measure.run.race import counts, proof
@@ -46,11 +45,6 @@ class StepTimes:
     def residual(self) -> float:
         """The part of the step that no stage accounts for; below 0 where the stages take more than the step."""
         return 1 - sum(self.shares.values())
-
-
-def time_step(step: DecodeStep, mode: str, device: torch.device, iters: int, warmup: int) -> StepTimes:
-    """Time one step, as `time_steps` does."""
-    return time_steps([step], mode, device, iters, warmup)[0][0]
 
 
 def time_steps(
@@ -104,10 +98,9 @@ def rows_of(steps: list[DecodeStep], times: list[StepTimes], device: torch.devic
     base = whole[steps[0].backend]
     rows = []
     for (stage, name), (samples, ran) in medians_of(steps, times).items():
-        median, low, high = quantiles(samples)
-        row = {"B": steps[0].batch, "context": steps[0].context, "stage": stage, "ms_median": figure(median)}
-        row |= {"ms_p20": figure(low), "ms_p80": figure(high), "share": figure(median / whole.get(name, base))}
-        rows.append(row | {"backend": name, "ran": ran, **device_columns(device)})
+        row = {"B": steps[0].batch, "context": steps[0].context, "stage": stage, **columns(samples)}
+        share = quantiles(samples)[0] / whole.get(name, base)
+        rows.append(row | {"share": figure(share), "backend": name, "ran": ran, **device_columns(device)})
     return rows
 
 

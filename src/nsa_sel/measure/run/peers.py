@@ -1,6 +1,8 @@
 """The peers: finding their adapters, and one process each to run them in.
 
-Adapters live in a checkout's benchmarks/peers, because they are no part of the package.
+Adapters are modules of a checkout's benchmarks/peers, because they are no part of the package. Each names in MODULE
+what has to be installed and has `prepare` and `refuses` of a Contestant; where more than the module may be missing,
+`available` returns why it cannot run on this machine at all.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import sys
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Protocol
 
 import nsa_sel
 from nsa_sel.measure.run.contestants import Contestant
@@ -26,11 +27,8 @@ PEERS = ("flashinfer", "fla", "xunhaolai", "vllm", "flex", "flash_attn")
 NO_FOLDER = "no adapters here: they are in benchmarks/peers of a checkout (--peers DIR)"
 
 
-class Adapter(Contestant, Protocol):
-    """A contestant that another library runs."""
-
-    def available(self) -> str | None:
-        """Return why it cannot run on this machine at all, or None."""
+class NotHereError(RuntimeError):
+    """Why an adapter cannot run on this machine."""
 
 
 def peers_folder(given: Path | None = None) -> Path | None:
@@ -48,59 +46,61 @@ def peers_folder(given: Path | None = None) -> Path | None:
     return root / "benchmarks" / "peers" if ours and (root / "benchmarks" / "peers").is_dir() else None
 
 
-def load_peers(names: list[str], folder: Path | None) -> tuple[list[Adapter], dict[str, str]]:
+def load_peers(names: list[str], folder: Path | None) -> tuple[list[Contestant], dict[str, str]]:
     """Load the adapters called `names`; returns those that can run here, and for the others the reason why not."""
-    found: list[Adapter] = []
+    found: list[Contestant] = []
     absent: dict[str, str] = {}
     for name in names:
         if name not in PEERS:
             raise ValueError(f"peer: expected one of {', '.join(PEERS)}, got {name!r}")
-        if folder is None:
-            absent[name] = NO_FOLDER
-            continue
-        path = folder / f"{name}.py"
-        if not path.is_file():
-            absent[name] = f"no adapter {path}"
-            continue
         try:
-            adapter = load(name, path)
-            reason = adapter.available()
+            found.append(load(name, folder))
+        except NotHereError as error:
+            absent[name] = str(error)
         except Exception as error:  # a library that cannot be looked at is not here
-            reason = f"{type(error).__name__}: {error}"
-        if reason is None:
-            found.append(adapter)
-        else:
-            absent[name] = reason
+            absent[name] = f"{type(error).__name__}: {error}"
     return found, absent
 
 
+def load(name: str, folder: Path | None) -> Contestant:
+    """Load the adapter of a peer from its file.
+
+    Raises:
+        NotHereError: there is no such file, or its library is not on this machine.
+    """
+    if folder is None or not (folder / f"{name}.py").is_file():
+        raise NotHereError(NO_FOLDER if folder is None else f"no adapter {folder / name}.py")
+    # A name of our own: the module must not shadow the library of the same name that it imports.
+    spec = importlib.util.spec_from_file_location(f"nsa_sel_peer_{name}", folder / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if reason := missing(module.MODULE) or (module.available() if hasattr(module, "available") else None):
+        raise NotHereError(reason)
+    return Contestant(name, module.prepare, module.refuses)
+
+
 def needs(
-    inputs: Inputs,
-    *,
-    blocks: bool = True,
-    paged: bool | None = False,
-    equal_dims: bool = True,
-    dtypes: tuple[str, ...] = ("bf16", "fp16"),
+    inputs: Inputs, *, blocks: bool = True, paged: bool | None = False, equal_dims: bool = True, unused: bool = False
 ) -> str | None:
-    """Return why inputs are not what most peers take: block selections over a plain cache with Dk = Dv, on CUDA."""
-    w = inputs.workload
-    if inputs.q.device.type != "cuda":
-        return f"needs CUDA tensors, got {inputs.q.device.type}"
-    if blocks and inputs.block_indices is None:
-        return f"takes whole blocks, got dist {w.dist}"
-    if paged is not None and paged != (inputs.block_table is not None):
-        return "takes paged caches" if paged else "takes caches that are not paged"
-    if equal_dims and w.Dk != w.Dv:
-        return f"takes one head dimension, got {w.Dk} and {w.Dv}"
-    if w.dtype not in dtypes:
-        return f"takes {', '.join(dtypes)}, got {w.dtype}"
+    """Return why inputs are not what most peers take: block selections over a plain cache with Dk = Dv, on CUDA.
+
+    `paged` None: either kind of cache. `unused`: it has a sign for an unused slot.
+    """
+    w, ids = inputs.workload, inputs.block_indices
+    for wrong, reason in (
+        (inputs.q.device.type != "cuda", f"needs CUDA tensors, got {inputs.q.device.type}"),
+        (blocks and ids is None, f"takes whole blocks, got dist {w.dist}"),
+        (paged is True and inputs.block_table is None, "takes paged caches"),
+        (paged is False and inputs.block_table is not None, "takes caches that are not paged"),
+        (equal_dims and w.Dk != w.Dv, f"takes one head dimension, got {w.Dk} and {w.Dv}"),
+        (w.dtype not in ("bf16", "fp16"), f"takes bf16, fp16, got {w.dtype}"),
+        (not unused and ids is not None and bool((ids < 0).any()), "has no unused slots"),
+    ):
+        if wrong:
+            return reason
     return None
-
-
-def unused_slots(inputs: Inputs) -> str | None:
-    """Return why a peer that has no sign for an unused slot cannot take these inputs."""
-    assert inputs.block_indices is not None
-    return "has no unused slots" if bool((inputs.block_indices < 0).any()) else None
 
 
 def missing(module: str) -> str | None:
@@ -121,20 +121,6 @@ def block_pointers() -> str | None:
 
     gone = not hasattr(tl, "make_block_ptr")
     return f"needs block pointers, which Triton {triton.__version__} no longer has" if gone else None
-
-
-def load(name: str, path: Path) -> Adapter:
-    """Load the adapter of a peer from its file."""
-    # A name of our own: the module must not shadow the library of the same name that it imports.
-    module_name = f"nsa_sel_peer_{name}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[module_name] = module
-    spec.loader.exec_module(module)
-    adapter: Adapter = module.adapter()
-    return adapter
 
 
 class Peer:
@@ -173,10 +159,8 @@ class Peer:
             self.said.close()
 
     def _start(self) -> None:
-        how = self.settings
-        data = {"device": str(how.device), "modes": list(how.modes), "seed": how.seed, "iters": how.iters}
-        data |= {"warmup": how.warmup, "anchor_off": how.anchor_off}
-        command = [sys.executable, "-m", "nsa_sel.measure.run.worker", self.name, str(self.folder), json.dumps(data)]
+        data = json.dumps(vars(self.settings) | {"device": str(self.settings.device)})
+        command = [sys.executable, "-m", "nsa_sel.measure.run.worker", self.name, str(self.folder), data]
         self.said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (see close)
         self.child = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True, encoding="utf-8"

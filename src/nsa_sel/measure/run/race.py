@@ -48,6 +48,12 @@ class Timed:
     max_err: float = float("nan")
     reason: str = ""
 
+    def columns(self) -> dict[str, str]:
+        """Return times and errors as the columns of a CSV file, none where nothing was timed."""
+        if not self.samples:
+            return {}
+        return clock.columns(self.samples) | {"mae": clock.figure(self.mae), "max_err": clock.figure(self.max_err)}
+
 
 @dataclass
 class Case:
@@ -55,11 +61,6 @@ class Case:
 
     timed: dict[str, Timed] = field(default_factory=dict)
     clocks: list[dict[str, int] | None] = field(default_factory=list)
-
-    @property
-    def drift(self) -> float:
-        """The largest change of a clock, as a fraction; 0 where none could be read."""
-        return drift(*self.clocks)
 
 
 def drift(before: dict[str, int] | None, after: dict[str, int] | None) -> float:
@@ -83,7 +84,7 @@ def race(
     with clock.measuring(settings.device):
         for _ in range(3):
             case = _once(contestants, variants, mode, settings, oracle, others or {})
-            if case.drift <= CLOCK_DRIFT:
+            if drift(*case.clocks) <= CLOCK_DRIFT:
                 break
     return case
 
@@ -223,18 +224,17 @@ def errors(out: torch.Tensor, expected: torch.Tensor, rows: list[tuple[int, int,
     return float(difference.mean()), float(difference.max())
 
 
-def oracle_of(workload: Workload, inputs: Inputs, seed: int) -> Oracle:
-    """Return what is right for a workload's sampled rows."""
-    rows = oracle_rows(workload, seed)
-    expected, _ = selection_attention_reference(inputs.q, inputs.k, inputs.v, **inputs.selection(), rows=rows)
-    return expected, rows
+def set_up(workload: Workload, settings: Settings) -> tuple[list[Inputs], Oracle]:
+    """Return a workload's inputs and what is right for its sampled rows.
 
-
-def cold_variants(workload: Workload, settings: Settings) -> list[Inputs]:
-    """Return the workload's inputs in several variants, up to twice L2 as far as their number and memory allow."""
+    The variants select up to twice L2 together, as far as their number and memory allow.
+    """
     device = settings.device
     cold = 2 * torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
-    return variants_of(workload, settings.seed, device, cold, free_memory(device) // 3)
+    with clock.measuring(device):
+        variants = variants_of(workload, settings.seed, device, cold, free_memory(device) // 3)
+        one, rows = variants[0], oracle_rows(workload, settings.seed)
+        return variants, (selection_attention_reference(one.q, one.k, one.v, **one.selection(), rows=rows)[0], rows)
 
 
 def counts() -> dict[str, int]:

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 
 import nsa_sel
-from nsa_sel import backends
 from nsa_sel.measure import schema
-from nsa_sel.measure.files import csv_text, write_atomically, write_results
-from nsa_sel.measure.run import clock, store, tune
+from nsa_sel.measure.files import write_results
+from nsa_sel.measure.run import clock, store
 from nsa_sel.measure.run.bench import NOT_STARTED, Results, run_bench
-from nsa_sel.measure.run.contestants import own_contestants
+from nsa_sel.measure.run.contestants import contestants
 from nsa_sel.measure.run.decode import facts_of, rows_of, time_steps
 from nsa_sel.measure.run.decode_step import DecodeStep, Shape
 from nsa_sel.measure.run.environment import device_columns, environment, tf32_off
 from nsa_sel.measure.run.peers import PEERS, Peer, load_peers, peers_folder
 from nsa_sel.measure.run.race import CLOCK_DRIFT, Settings, drift
 from nsa_sel.measure.run.workload import Workload
-from nsa_sel.measure.schema import HERE, OWN
 
 MAX_REASON = 200  # characters of a reason that are printed; the JSON has all of it
+Lines = list[tuple[str, ...]]
 
 
 def device_of(name: str) -> torch.device:
@@ -54,49 +52,43 @@ def default_suites(device: torch.device) -> list[str]:
 
 
 class BenchSession:
-    """One run of the microbenchmark."""
+    """One run of the microbenchmark; no mode in `settings` stands for all that the device has."""
 
     def __init__(
-        self,
-        settings: Settings,
-        modes: list[str] | None,
-        names: list[str] | None,
-        peers: Path | None,
-        out: Path,
-        resume: bool,
+        self, settings: Settings, names: list[str] | None, peers: Path | None, out: Path, resume: bool
     ) -> None:
         tf32_off()
         self.out, self.notes = out, list[str]()
         device = settings.device
-        chosen = tuple(dict.fromkeys(modes or [m for m in clock.MODES if clock.refused_mode(m, device) is None]))
-        for mode in chosen:
+        modes = settings.modes or tuple(m for m in schema.MODES if clock.refused_mode(m, device) is None)
+        for mode in modes:
             reason = clock.refused_mode(mode, device)
-            if mode not in clock.MODES:
+            if mode not in schema.MODES:
                 raise ValueError(f"mode: {reason}")
             if reason:
                 self.notes.append(f"{reason}: its rows say that nothing ran")
-        self.settings = replace(settings, modes=chosen)
-        names = list(dict.fromkeys(names or [*HERE, *PEERS]))
-        if unknown := [name for name in names if name not in (*HERE, *PEERS)]:
-            raise ValueError(f"backend: expected {', '.join((*HERE, *PEERS))}, got {', '.join(unknown)}")
+        self.settings = replace(settings, modes=tuple(dict.fromkeys(modes)))
+        names = list(dict.fromkeys(names or [*schema.HERE, *PEERS]))
+        if unknown := [name for name in names if name not in (*schema.HERE, *PEERS)]:
+            raise ValueError(f"backend: expected {', '.join((*schema.HERE, *PEERS))}, got {', '.join(unknown)}")
         if schema.BASELINE not in names:
             names.append(schema.BASELINE)
             self.notes.append("sdpa runs too: without it nothing has a speed-up")
         folder = peers_folder(peers)
-        adapters, self.absent = load_peers([name for name in names if name in PEERS], folder)
-        for reason in dict.fromkeys(self.absent.values()):
-            alike = ", ".join(name for name, why in self.absent.items() if why == reason)
+        adapters, absent = load_peers([name for name in names if name in PEERS], folder)
+        for reason in dict.fromkeys(absent.values()):
+            alike = ", ".join(name for name, why in absent.items() if why == reason)
             self.notes.append(f"not measured, peers {alike}: {reason}")
-        self.contestants = own_contestants(names)
+        self.contestants = contestants(names)
         self.peers = [(one, Peer(one.name, folder, self.settings)) for one in adapters] if folder else []
         how = {name: getattr(self.settings, name) for name in ("seed", "iters", "warmup")}
-        how |= {"modes": list(chosen), "backends": [*(c.name for c in self.contestants), *(a.name for a in adapters)]}
+        how |= {"modes": list(self.settings.modes), "backends": [c.name for c in (*self.contestants, *adapters)]}
         if resume:
             self.results = store.load(out, device_columns(device), how)
         else:
             store.refuse_finished(out)
             self.results = Results()
-        self.facts = environment(device, **how, peers_absent=self.absent, done_before=len(self.results.workloads))
+        self.facts = environment(device, **how, peers_absent=absent, done_before=len(self.results.workloads))
 
     def run(self, workloads: list[Workload], seconds: float | None, every: float) -> Iterator[str]:
         """Measure `workloads`, write the files every few seconds and at the end; yields the names of what is done."""
@@ -119,8 +111,7 @@ class BenchSession:
     def summary(self) -> list[str]:
         """Return lines for the user: what was measured, and each different reason why something was not."""
         rows = self.results.rows
-        ran = [row for row in rows if row["ran"] == row["backend"]]
-        lines = [f"{len(ran)} of {len(rows)} rows were measured"]
+        lines = [f"{sum(row['ran'] == row['backend'] for row in rows)} of {len(rows)} rows were measured"]
         reasons = Counter((one["backend"], one["reason"]) for one in self.results.not_measured)
         for (backend, reason), count in reasons.items():
             lines.append(f"NOT MEASURED {backend} ({count} times): {' '.join(reason.split())[:MAX_REASON]}")
@@ -129,96 +120,54 @@ class BenchSession:
             lines.append(f"skipped {len(names)} workloads ({names[0]}, ...): {reason}")
         return lines
 
-    def table(self) -> list[tuple[str, ...]]:
+    def table(self) -> Lines:
         """Return the table to print, its header first: by backend and mode, what was measured and how it compares."""
-        lines: list[tuple[str, ...]] = [("backend", "mode", "rows", "ms (median)", "speed-up", "of the ceiling", "MAE")]
-        groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for row in self.results.rows:
-            groups.setdefault((row["backend"], row["mode"]), []).append(row)
-        for (backend, mode), rows in groups.items():
+        lines: Lines = [("backend", "mode", "rows", "ms (median)", "speed-up", "of the ceiling", "MAE")]
+        for backend, mode in dict.fromkeys((row["backend"], row["mode"]) for row in self.results.rows):
+            rows = [row for row in self.results.rows if (row["backend"], row["mode"]) == (backend, mode)]
             ran = [row for row in rows if row["ran"] == backend]
-
-            def middle(column: str, ran: list[dict[str, Any]] = ran) -> str:
-                values = sorted(float(row[column]) for row in ran if row[column] != "")
-                return f"{values[len(values) // 2]:.4g}" if values else ""
-
-            worst = max((float(row["mae"]) for row in ran), default=None)
-            cells = (middle("ms_median"), middle("speedup"), middle("ceiling_share"))
-            shown = "NOT MEASURED" if worst is None else f"{worst:.2g}"
-            lines.append((backend, mode, f"{len(ran)} of {len(rows)}", *cells, shown))
+            cells = []
+            for column in ("ms_median", "speedup", "ceiling_share"):
+                values = [float(row[column]) for row in ran if row[column] != ""]
+                cells.append(f"{median(values):.4g}" if values else "")
+            worst = f"{max(float(row['mae']) for row in ran):.2g}" if ran else schema.NOT_MEASURED
+            lines.append((backend, mode, f"{len(ran)} of {len(rows)}", *cells, worst))
         return lines
 
 
-class TuneSession:
-    """One sweep over the Triton backend's settings.
-
-    Raises:
-        ValueError: the mode cannot be had on this device.
-    """
-
-    def __init__(self, device: torch.device, modes: list[str] | None, seed: int, iters: int, warmup: int) -> None:
-        tf32_off()
-        self.backend: tune.Tunable = backends.get("triton")  # type: ignore[assignment]
-        mode = modes[0] if modes else ("graph" if device.type == "cuda" else "eager")
-        if reason := clock.refused_mode(mode, device):
-            raise ValueError(f"mode: {reason}")
-        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError("tune: expected a GPU, or Triton's interpreter (TRITON_INTERPRET=1), got neither")
-        self.settings = Settings(device, (mode,), seed, iters, warmup)
-
-    def run(self, workloads: list[Workload], out: Path) -> Iterator[str]:
-        """Sweep `workloads` and write tune_triton.csv and tune_triton.json; yields the names of what is done."""
-        settings, rows = self.settings, list[dict[str, Any]]()
-        yield from tune.sweep(workloads, self.backend, settings, rows)
-        how = {"seed": settings.seed, "iters": settings.iters, "warmup": settings.warmup, "modes": list(settings.modes)}
-        data = {"environment": environment(settings.device, **how), "best": tune.best_by_bucket(rows, "triton")}
-        write_atomically(out / "tune_triton.json", json.dumps(data, indent=1) + "\n")
-        write_atomically(out / tune.FILE, csv_text(tune.COLUMNS, rows))
-
-
 class DecodeSession:
-    """One run of the decode benchmark."""
+    """One run of the decode benchmark; without a mode in `settings`, the best that the device has."""
 
     def __init__(
         self,
-        device: torch.device,
-        contexts: list[int] | None,
-        batches: list[int] | None,
-        backend: str,
-        mode: str,
-        leave_out: tuple[str, ...],
-        seed: int,
-        iters: int,
-        warmup: int,
+        settings: Settings,
+        contexts: list[int] | None = None,
+        batches: list[int] | None = None,
+        backend: str = "",
+        leave_out: tuple[str, ...] = (),
     ) -> None:
         tf32_off()
-        on_gpu = device.type == "cuda"
-        self.device, self.seed, self.iters, self.warmup, self.leave_out = device, seed, iters, warmup, leave_out
-        self.mode = mode or ("graph" if on_gpu else "eager")
+        self.settings, self.leave_out = settings, leave_out
+        on_gpu = settings.device.type == "cuda"
+        self.mode = settings.modes[0] if settings.modes else "graph" if on_gpu else "eager"
         contexts = contexts or ([4096, 8192, 16384, 32768, 65536] if on_gpu else [4096])
         self.steps = [(b, c) for b in batches or ([1, 8, 64] if on_gpu else [1]) for c in contexts]
         self.rows: list[dict[str, Any]] = []
         self.facts: list[dict[str, Any]] = []
         self.clocks: list[dict[str, Any]] = []
-        self.notes: list[str] = ["projections and the MLP are no part of this step: shares are of the attention alone"]
-        kernel, why = selecting_backend(backend, device)
-        self.backends = list(
-            dict.fromkeys([schema.BASELINE, kernel])
-        )  # before any kernel first: that decides the share
-        if why:
-            self.notes.append(why)
-        dense = sorted({c for c in contexts if c <= Shape().dense_until()})
-        if dense:
-            listed = ", ".join(map(str, dense))
-            self.notes.append(f"nothing is sparse yet at context {listed}: the selection holds every token")
+        self.notes = ["projections and the MLP are no part of this step: shares are of the attention alone"]
+        kernel, why = selecting_backend(backend, settings.device)
+        self.backends = dict.fromkeys([schema.BASELINE, kernel])  # before any kernel first: that decides the share
+        self.notes += [why] if why else []
+        if dense := ", ".join(str(c) for c in sorted(set(contexts)) if c <= Shape().dense_until()):
+            self.notes.append(f"nothing is sparse yet at context {dense}: the selection holds every token")
         if leave_out:
             self.notes.append(f"left out: {', '.join(leave_out)}; the gate takes no such file")
 
     def run(self, out: Path) -> Iterator[str]:
         """Measure every step and write decode.csv and decode.json; yields a name for each step done."""
-        how = {"seed": self.seed, "iters": self.iters, "warmup": self.warmup, "mode": self.mode}
-        how |= {"leave_out": list(self.leave_out)}
-        facts = environment(self.device, **how)
+        how = {"seed": self.settings.seed, "iters": self.settings.iters, "warmup": self.settings.warmup}
+        facts = environment(self.settings.device, **how, mode=self.mode, leave_out=list(self.leave_out))
         for at, (batch, context) in enumerate(self.steps, 1):
             try:
                 self._measure(batch, context)
@@ -230,37 +179,39 @@ class DecodeSession:
             yield f"B={batch} context={context}"
 
     def _measure(self, batch: int, context: int) -> None:
-        first = DecodeStep(batch, context, self.backends[0], self.device, self.seed, self.leave_out)
-        steps = [first, *(first.with_backend(name) for name in self.backends[1:])]
+        how, (base, *others) = self.settings, self.backends
+        first = DecodeStep(batch, context, base, how.device, how.seed, self.leave_out)
+        steps = [first, *map(first.with_backend, others)]
         for _ in range(3):  # clocks that drift are measured again, twice at most
-            times, read = time_steps(steps, self.mode, self.device, self.iters, self.warmup)
+            times, read = time_steps(steps, self.mode, how.device, how.iters, how.warmup)
             if drift(*read) <= CLOCK_DRIFT:
                 break
-        self.rows += rows_of(steps, times, self.device)
+        self.rows += rows_of(steps, times, how.device)
         self.facts.append(facts_of(steps, times))
         if all(read):
             self.clocks.append({"B": batch, "context": context, "before": read[0], "after": read[1]})
 
-    def table(self) -> list[tuple[str, ...]]:
+    def table(self) -> Lines:
         """Return the table to print, its header first: milliseconds, shares and the residual of each step."""
-        header = ("B", "context", "step ms", *schema.STAGES, "residual", "with the kernel", "1/(1-s+s/x)")
-        lines: list[tuple[str, ...]] = [header]
+        lines: Lines = [("B", "context", "step ms", *schema.STAGES, "residual", "with the kernel", "1/(1-s+s/x)")]
         for fact in self.facts:
-            mine = {r["stage"]: r for r in self.rows if (r["B"], r["context"]) == (fact["B"], fact["context"])
-                    and r["backend"] in (schema.TORCH, schema.BASELINE)}  # fmt: skip
-            shares = [f"{float(mine[stage]['share']):.1%}" for stage in schema.STAGES]
-            step = (str(fact["B"]), str(fact["context"]), f"{fact['step_ms']:.4g}", *shares, f"{fact['residual']:.1%}")
-            faster = [f"{one['step']:.2f}x" for name, one in fact.items() if name.startswith("speedup of")]
-            law = [f"{one['expected']:.2f}x" for name, one in fact.items() if name.startswith("speedup of")]
-            lines.append((*step, ", ".join(faster) or "NOT MEASURED", ", ".join(law)))
+            mine = [row for row in self.rows if (row["B"], row["context"]) == (fact["B"], fact["context"])]
+            shares = {r["stage"]: float(r["share"]) for r in mine if r["backend"] in (schema.TORCH, schema.BASELINE)}
+            faster = [one for name, one in fact.items() if name.startswith("speedup of")]
+            lines.append(
+                (str(fact["B"]), str(fact["context"]), f"{fact['step_ms']:.4g}",
+                 *(f"{shares[stage]:.1%}" for stage in schema.STAGES), f"{fact['residual']:.1%}",
+                 ", ".join(f"{one['step']:.2f}x" for one in faster) or schema.NOT_MEASURED,
+                 ", ".join(f"{one['expected']:.2f}x" for one in faster))
+            )  # fmt: skip
         return lines
 
 
 def selecting_backend(name: str, device: torch.device) -> tuple[str, str]:
     """Return the backend of the selection and, where it was not the one to measure, why not."""
     if name:
-        if name not in OWN:
-            raise ValueError(f"backend: expected {', '.join(OWN)}, got {name!r}")
+        if name not in schema.OWN:
+            raise ValueError(f"backend: expected {', '.join(schema.OWN)}, got {name!r}")
         return name, ""
     tiny = DecodeStep(1, 1024, "cuda", device)
     try:

@@ -4,41 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
-from nsa_sel.measure.run import clock
-from nsa_sel.measure.run.bench import figure
-from nsa_sel.measure.run.contestants import Contestant, Own, check_of
-from nsa_sel.measure.run.environment import device_columns
-from nsa_sel.measure.run.race import Settings, cold_variants, oracle_of, race, too_large
+from nsa_sel.measure import schema
+from nsa_sel.measure.files import csv_text, write_atomically
+from nsa_sel.measure.run.contestants import Contestant, check_of, own
+from nsa_sel.measure.run.environment import device_columns, environment
+from nsa_sel.measure.run.race import Settings, race, set_up, too_large
 from nsa_sel.measure.run.workload import Workload
 
-COLUMNS = (
-    "workload",
-    "dist",
-    "dtype",
-    "L",
-    "bucket",
-    "rows",
-    "block_tokens",
-    "block_dims",
-    "num_warps",
-    "num_stages",
-    "ran",
-    "mode",
-    "iters",
-    "ms_median",
-    "ms_p20",
-    "ms_p80",
-    "mae",
-    "max_err",
-    "device",
-    "sm",
-    "commit",
-)
 FILE = "tune_triton.csv"
+SETTINGS = ("block_tokens", "block_dims", "num_warps", "num_stages")
+COLUMNS = (
+    "workload", "dist", "dtype", "L", "bucket", "rows", *SETTINGS, "ran", "mode", "iters", *schema.TIMES, "mae",
+    "max_err", *schema.WHERE,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -76,34 +61,43 @@ def bucket_of(length: int) -> int:
     return max(16, 1 << (length - 1).bit_length())
 
 
+def run_tune(workloads: list[Workload], backend: Tunable, settings: Settings, out: Path) -> Iterator[str]:
+    """Sweep `workloads` and write tune_triton.csv and tune_triton.json; yields the names of what is done.
+
+    Raises:
+        ValueError: there is no GPU here, nor Triton's interpreter.
+    """
+    if settings.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("tune: expected a GPU, or Triton's interpreter (TRITON_INTERPRET=1), got neither")
+    rows: list[dict[str, Any]] = []
+    yield from sweep(workloads, backend, settings, rows, own("triton", interpreted=True))
+    how = {"seed": settings.seed, "iters": settings.iters, "warmup": settings.warmup, "modes": list(settings.modes)}
+    data = {"environment": environment(settings.device, **how), "best": best_by_bucket(rows, "triton")}
+    write_atomically((out / FILE).with_suffix(".json"), json.dumps(data, indent=1) + "\n")
+    write_atomically(out / FILE, csv_text(COLUMNS, rows))
+
+
 def sweep(
     workloads: Iterable[Workload],
     backend: Tunable,
     settings: Settings,
     rows: list[dict[str, Any]],
-    contestant: Contestant | None = None,
-    configs: list[Config] | None = None,
+    contestant: Contestant,
 ) -> Iterator[str]:
     """Time every configuration on every workload in the first mode, adding to `rows`; yields each workload's name."""
-    contestant, mode, device = contestant or Own("triton", interpreted=True), settings.modes[0], settings.device
+    mode, device = settings.modes[0], settings.device
     for workload in workloads:
         if too_large(workload, device) is None:
-            variants = cold_variants(workload, settings)
-            oracle = oracle_of(workload, variants[0], settings.seed)
-            for config in configs or grid():
+            variants, oracle = set_up(workload, settings)
+            for config in grid():
                 with backend.using(config):
                     one = race([contestant], variants, mode, settings, oracle).timed[contestant.name]
                 row: dict[str, Any] = dict.fromkeys(COLUMNS, "")
                 row |= {"workload": workload.name, "dist": workload.dist, "dtype": workload.dtype, "L": workload.L}
-                row |= {"bucket": bucket_of(workload.L), "rows": workload.rows, **asdict(config), "ran": one.ran}
-                row |= {"mode": mode, "iters": len(one.samples), **device_columns(device)}
-                if one.samples:
-                    median, low, high = clock.quantiles(one.samples)
-                    row |= {"ms_median": figure(median), "ms_p20": figure(low), "ms_p80": figure(high)}
-                    row |= {"mae": figure(one.mae), "max_err": figure(one.max_err)}
-                    if not one.mae <= check_of(workload):
-                        row["ran"] = ""  # a configuration that computes something else is no candidate
-                rows.append(row)
+                row |= {"bucket": bucket_of(workload.L), "rows": workload.rows, **asdict(config)}
+                row |= {"mode": mode, "iters": len(one.samples), **one.columns(), **device_columns(device)}
+                # A configuration that computes something else is no candidate.
+                rows.append(row | {"ran": one.ran if one.mae <= check_of(workload) else ""})
         yield workload.name
 
 
@@ -113,20 +107,15 @@ def best_by_bucket(rows: list[dict[str, Any]], name: str) -> dict[str, dict[str,
     A workload's slowdown is its time over the best time that any configuration reached on it. A configuration that
     did not run on every workload of the bucket is no candidate.
     """
+    import pandas as pd
+
     found: dict[str, dict[str, Any]] = {}
-    for bucket in sorted({row["bucket"] for row in rows}):
-        mine = [row for row in rows if row["bucket"] == bucket]
-        names = {row["workload"] for row in mine}
-        times: dict[Config, dict[str, float]] = {}
-        for row in mine:
-            if row["ran"] == name:
-                config = Config(row["block_tokens"], row["block_dims"], row["num_warps"], row["num_stages"])
-                times.setdefault(config, {})[row["workload"]] = float(row["ms_median"])
-        whole = {config: by_name for config, by_name in times.items() if set(by_name) == names}
-        if not whole:
-            continue
-        best = {workload: min(by_name[workload] for by_name in whole.values()) for workload in names}
-        slowdown = {config: max(by_name[w] / best[w] for w in names) for config, by_name in whole.items()}
-        chosen = min(slowdown, key=lambda config: slowdown[config])
-        found[str(bucket)] = {**asdict(chosen), "worst_slowdown": round(slowdown[chosen], 4), "workloads": len(names)}
+    for bucket, mine in pd.DataFrame(rows).groupby("bucket"):
+        ran = mine[mine["ran"] == name].astype({"ms_median": float})
+        times = ran.pivot_table(index=list(SETTINGS), columns="workload", values="ms_median")
+        times = times.reindex(columns=sorted(set(mine["workload"]))).dropna()  # [settings, workloads]
+        if not times.empty:
+            worst = (times / times.min()).max(axis="columns")
+            chosen = dict(zip(SETTINGS, map(int, worst.idxmin()), strict=True))
+            found[str(bucket)] = chosen | {"worst_slowdown": round(worst.min(), 4), "workloads": times.shape[1]}
     return found

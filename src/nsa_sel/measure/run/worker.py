@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 
-from nsa_sel.measure.run import clock
-from nsa_sel.measure.run.contestants import Own
+from nsa_sel.measure.run.contestants import own
 from nsa_sel.measure.run.environment import tf32_off
 from nsa_sel.measure.run.peers import load
-from nsa_sel.measure.run.race import ContextLostError, Settings, cold_variants, oracle_of, race
+from nsa_sel.measure.run.race import ContextLostError, Settings, race, set_up
 from nsa_sel.measure.run.workload import Workload
 
 
@@ -31,16 +30,14 @@ def main() -> None:
     os.dup2(2, 1)
     tf32_off()
     settings = Settings(**how | {"device": torch.device(how["device"]), "modes": tuple(how["modes"])})
-    adapter = load(name, folder / f"{name}.py")
+    adapter = load(name, folder)
     for line in sys.stdin:
         asked: dict[str, Any] = json.loads(line)
         workload = Workload(**asked["workload"])
         lost = False
-        with clock.measuring(settings.device):
-            variants = cold_variants(workload, settings)
-            oracle = oracle_of(workload, variants[0], settings.seed)
+        variants, oracle = set_up(workload, settings)
         try:
-            case = race([Own("sdpa"), adapter], variants, asked["mode"], settings, oracle)
+            case = race([own("sdpa"), adapter], variants, asked["mode"], settings, oracle)
         except ContextLostError as error:
             case, lost = error.args[1], True
         answers.write(json.dumps([asdict(case.timed[adapter.name]), asdict(case.timed["sdpa"])]) + "\n")
