@@ -17,7 +17,7 @@ from typing import Any
 from nsa_sel.measure import schema
 from nsa_sel.measure.files import csv_text, read_csv, write_results
 from nsa_sel.measure.judge.gpus import known
-from nsa_sel.measure.run.bench import figure
+from nsa_sel.measure.run.clock import figure
 from tests.measure.commands import run
 
 COMMIT = "0123456789ab"
