@@ -41,6 +41,14 @@ void check_reach(const DecodeRequest& r, const int64_t* strides, int shift, cons
   }
 }
 
+// m = ceil(2^(31 + l) / d) with l = ceil(log2 d): the error x (m d - 2^(31 + l)) / d stays under 2^(31 + l) / d for x <
+// 2^31, so the quotient is exact.
+Divisor divisor(int64_t d) {
+  uint32_t l = 0;
+  while ((int64_t(1) << l) < d) ++l;
+  return {uint32_t(((uint64_t(1) << (31 + l)) + uint64_t(d) - 1) / uint64_t(d)), l};
+}
+
 int checked_int32(int64_t value, const char* name) {
   if (value < 0 || value > INT32_MAX - 63) {  // loops step by 32
     throw std::invalid_argument(std::string(name) + ": expected 0 <= " + name + " <= 2^31 - 64, got " +
@@ -85,8 +93,9 @@ DecodeLaunch prepare_decode(const DecodeRequest& r, const DeviceLimits& device) 
   p.out_stride_g = r.out_strides[2], p.out_stride_h = r.out_strides[3];
   p.k_stride_b = r.k_strides[0], p.k_stride_g = r.k_strides[1];
   p.v_stride_b = r.v_strides[0], p.v_stride_g = r.v_strides[1];
-  p.sel_stride_b = r.sel_strides[0], p.sel_stride_s = r.sel_strides[1];
-  p.sel_stride_g = r.sel_strides[2], p.sel_stride_n = r.sel_strides[3];
+  const int64_t index_bytes = r.index_is_64 ? 8 : 4;
+  p.sel_bytes_b = r.sel_strides[0] * index_bytes, p.sel_bytes_s = r.sel_strides[1] * index_bytes;
+  p.sel_bytes_g = r.sel_strides[2] * index_bytes, p.sel_bytes_n = r.sel_strides[3] * index_bytes;
   p.counts_stride_b = r.counts_strides[0], p.counts_stride_s = r.counts_strides[1];
   p.counts_stride_g = r.counts_strides[2];
   p.seq_lens_stride = r.seq_lens_stride, p.table_stride = r.table_stride, p.table_rows_stride = r.table_rows_stride;
@@ -103,7 +112,10 @@ DecodeLaunch prepare_decode(const DecodeRequest& r, const DeviceLimits& device) 
   p.S_kv = checked_int32(r.S_kv, "S_kv");
   p.page_size = checked_int32(r.page_size, "page_size"), p.num_pages = checked_int32(r.num_pages, "num_pages");
   p.num_tables = checked_int32(r.num_tables, "num_tables");
-  p.block_size = r.block_size;
+  p.block_size = int(std::min<int64_t>(r.block_size, std::max<int64_t>(r.S_kv, 1)));  // longer ones cover as much
+  p.last_block = p.block_size > 0 ? (p.S_kv - 1) / p.block_size : 0;                  // S_kv 0: no token is visible
+  p.chunk_slots = std::min(32, INT32_MAX / std::max(p.S_kv, 1));
+  p.by_S = divisor(std::max(p.S, 1)), p.by_G = divisor(std::max(p.G, 1)), p.by_page = divisor(std::max(p.page_size, 1));
   p.index_is_64 = int(r.index_is_64), p.causal = int(r.causal);
   p.scale_log2 = float(r.scale * kLog2E);
   if (!std::isfinite(p.scale_log2)) {
@@ -116,6 +128,7 @@ DecodeLaunch prepare_decode(const DecodeRequest& r, const DeviceLimits& device) 
   const DecodePlan& plan = launch.plan;
   p.full_rows = plan.full_rows;
   p.num_splits = plan.num_splits, p.num_items = plan.full_rows + plan.split_rows * plan.num_splits;
+  p.by_splits = divisor(plan.num_splits);
   p.min_split_tokens = plan.min_split_tokens;
   p.cluster = plan.cluster ? 1 : 0;
   p.smem = plan.smem;
@@ -125,6 +138,9 @@ DecodeLaunch prepare_decode(const DecodeRequest& r, const DeviceLimits& device) 
   c.out_stride_b = p.out_stride_b, c.out_stride_s = p.out_stride_s;
   c.out_stride_g = p.out_stride_g, c.out_stride_h = p.out_stride_h;
   c.S = p.S, c.G = p.G, c.h = p.h, c.Dv = int(r.Dv);
+  c.by_S = p.by_S, c.by_G = p.by_G;
+  c.chunks = (c.h * c.Dv / 4 + kCombineThreads - 1) / kCombineThreads;
+  c.by_chunks = divisor(c.chunks), c.by_columns = divisor(c.Dv / 4);
   c.first_row = plan.full_rows, c.split_rows = plan.split_rows, c.num_splits = plan.num_splits;
   launch.programmatic = device.capability >= 90;
   return launch;

@@ -26,8 +26,7 @@ int run_decode(const DecodeLaunch& launch, int device, void* stream) {
   if (error != 0 || !launch.needs_combine()) return error;
 
   const CombineParams& params = launch.combine;
-  const int chunks = (params.h * params.Dv / 4 + kCombineThreads - 1) / kCombineThreads;
-  const LaunchShape combine{unsigned(params.split_rows * chunks), kCombineThreads, 0, 1, launch.programmatic};
+  const LaunchShape combine{unsigned(params.split_rows * params.chunks), kCombineThreads, 0, 1, launch.programmatic};
   const Dtype dtype = kInstances[launch.instance].dtype;
   return launch_kernel(device, combine_kernel_of(dtype), combine, &params, stream);
 }

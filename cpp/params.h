@@ -11,18 +11,24 @@ enum class Dtype : int32_t { kFloat16 = 0, kBfloat16 = 1 };
 // How tiles come into the ring. Bulk copies are an experiment: sm_90, chosen by name only.
 enum class Loads : int32_t { kCpAsync = 0, kBulk = 1 };
 
-// Byte offsets of one block's shared memory, worked out by cpp/tile_shape.h for a given h and number of ring slots.
+// Byte offsets of one block's shared memory, worked out by cpp/tile_shape.h for a number of ring slots.
 struct SmemLayout {
-  uint32_t slots;     // ring of K and V tiles, num_slots * slot_bytes; 1024-byte aligned
-  uint32_t q;         // [Dk/64][units * 8][64] T, 128-byte rows, swizzled; rows beyond h are zero
-  uint32_t p;         // [units][segment][8] T: probabilities of a segment, 8 heads in 16 bytes a token
-  uint32_t row_max;   // [token warps][units * 8] fp32
-  uint32_t row_sum;   // [token warps][units * 8] fp32
-  uint32_t map;       // [map slots][2][segment] uint32: K then V row offsets
-  uint32_t segments;  // [map slots] SegmentHeader
   uint32_t barriers;  // mbarriers: ring full/empty, map full/empty, q full/empty
+  uint32_t segments;  // [map slots] SegmentHeader
+  uint32_t map;       // [map slots][2][segment] uint32: K then V row offsets
+  uint32_t row_max;   // [token warps][head tile] fp32
+  uint32_t row_sum;   // [token warps][head tile] fp32
+  uint32_t q;         // [Dk/64][head tile][64] T, 128-byte rows, swizzled; rows of a used unit beyond h are zero
+  uint32_t p;         // [units][segment][8] T: probabilities of a segment, 8 heads in 16 bytes a token
+  uint32_t slots;     // ring of K and V tiles, num_slots * slot_bytes; 1024-byte aligned
   uint32_t total;
-  int32_t num_slots;
+  int32_t num_slots, num_barriers;
+};
+
+// Division of 0 <= x < 2^31 without dividing: x / d = umulhi(2 x, multiplier) >> shift. A 32-bit division is about 25
+// instructions on the device, a 64-bit one a call of 100.
+struct Divisor {
+  uint32_t multiplier, shift;
 };
 
 // Everything one decode launch needs. Strides are in elements; unit strides are in units of `1 << unit_shift` bytes.
@@ -44,7 +50,7 @@ struct DecodeParams {
   int64_t out_stride_b, out_stride_s, out_stride_g, out_stride_h;
   int64_t k_stride_b, k_stride_g;  // stride_b unused when paged
   int64_t v_stride_b, v_stride_g;
-  int64_t sel_stride_b, sel_stride_s, sel_stride_g, sel_stride_n;
+  int64_t sel_bytes_b, sel_bytes_s, sel_bytes_g, sel_bytes_n;  // strides of the selection, in bytes
   int64_t counts_stride_b, counts_stride_s, counts_stride_g;
   int64_t seq_lens_stride, table_stride, table_rows_stride;
   uint32_t k_unit_token, k_unit_page, v_unit_token, v_unit_page;  // row offsets within one (b, g) or one pool, in units
@@ -55,8 +61,11 @@ struct DecodeParams {
   int32_t page_size;   // 0: not paged
   int32_t num_pages;   // P
   int32_t num_tables;  // R
-  int64_t block_size;  // 0: selection holds ranges
+  int32_t block_size;  // 0: selection holds ranges; else at most max(1, S_kv)
+  int32_t last_block;  // id of the last block that starts inside the cache
   int32_t index_is_64, causal;
+  int32_t chunk_slots;  // slots of a selection looked at together: 32, fewer where their tokens could pass 2^31
+  Divisor by_S, by_G, by_page, by_splits;
   float scale_log2;  // softmax scale * log2(e): logits are kept in base 2
 
   // The plan: items [0, full_rows) are whole rows, the rest are (row, split) pairs, split innermost.
@@ -77,6 +86,8 @@ struct CombineParams {
   int64_t out_stride_b, out_stride_s, out_stride_g, out_stride_h;
   int32_t S, G, h, Dv;
   int32_t first_row, split_rows, num_splits;
+  int32_t chunks;                             // blocks a row
+  Divisor by_S, by_G, by_chunks, by_columns;  // by_columns: Dv / 4
 };
 
 }  // namespace nsa_sel

@@ -26,7 +26,7 @@ Residency choose_residency(const TileShape& tile, int h, const DeviceLimits& dev
   const int needed = bytes_in_flight_needed(device.capability);
   Residency best{0, 0};
   for (int blocks = few_items ? 1 : tile.blocks_per_sm; blocks >= 1; --blocks) {
-    const int slots = slots_that_fit(tile, h, device, blocks);
+    const int slots = slots_that_fit(tile, device, blocks);
     if (slots < 2) continue;
     const int in_flight = (slots - 1) * tile.slot_bytes * blocks;
     if (in_flight >= needed) return {blocks, slots};
@@ -50,10 +50,10 @@ int bytes_in_flight_needed(int capability) {
   return 11 * 1024;
 }
 
-int slots_that_fit(const TileShape& tile, int h, const DeviceLimits& device, int blocks) {
+int slots_that_fit(const TileShape& tile, const DeviceLimits& device, int blocks) {
   const int per_block = std::min(device.smem_per_block, device.smem_per_sm / blocks - kReservedPerBlock);
   int slots = 0;
-  while (slots < kMaxSlots && int(smem_layout(tile, h, slots + 1).total) <= per_block) ++slots;
+  while (slots < kMaxSlots && int(smem_layout(tile, slots + 1).total) <= per_block) ++slots;
   return slots;
 }
 
@@ -77,7 +77,7 @@ DecodePlan plan_decode(const TileShape& tile, const PlanRequest& r, const Device
   const int resident = residency.blocks * device.sm_count;
 
   plan.blocks_per_sm = residency.blocks;
-  plan.smem = smem_layout(tile, r.h, residency.slots);
+  plan.smem = smem_layout(tile, residency.slots);
   plan.min_split_tokens = 16;
   int64_t full_rows = r.rows / resident * resident;
   if (r.batch_invariant) {

@@ -39,7 +39,7 @@ struct DecodePlan {
 int bytes_in_flight_needed(int capability);
 
 // Ring slots that fit when `blocks` blocks share an SM; less than 2 means that the configuration does not fit.
-int slots_that_fit(const TileShape& tile, int h, const DeviceLimits& device, int blocks);
+int slots_that_fit(const TileShape& tile, const DeviceLimits& device, int blocks);
 
 // s* = sqrt(R / P): R bytes of a row's K and V, P bytes of one split's partial; the point where halving the stream time
 // no longer pays for the partials to merge. NSA (L 1024, 192/128, h 16): R = 1024 * 640 = 655,360, P = 4 * 16 * 128 =

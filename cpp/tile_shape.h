@@ -73,23 +73,25 @@ constexpr int cluster_head_stride(int Dv) { return Dv + 4; }
 
 constexpr NSA_SEL_HOST_DEVICE int units_of(int h) { return (h + 7) / 8; }
 constexpr uint32_t align_up(uint32_t x, uint32_t a) { return (x + a - 1) / a * a; }
-constexpr NSA_SEL_HOST_DEVICE int num_barriers(int num_slots) { return 2 * num_slots + 2 * kMapSlots + 2; }
 
-// At NSA's shape (192/128, h = 16) with 3 slots: ring 3 * 24,576 + Q 6,144 + P 6,144 + max and sum 512 + map 4,608
-// + headers 96 + barriers 112 = 91,344 bytes.
-constexpr SmemLayout smem_layout(const TileShape& t, int h, int num_slots) {
+// Everything but the ring has the size of the head tile, so that its offsets are immediates of the device's
+// instructions; the ring comes last. At NSA's shape (192/128, h = 16): barriers 368 + headers 96 + map 4,608 + max and
+// sum 512 + Q 6,144
+// + P 6,144, to a multiple of 1,024: 18,432, and 24,576 a slot.
+constexpr SmemLayout smem_layout(const TileShape& t, int num_slots) {
   SmemLayout s{};
-  const uint32_t heads = 8u * uint32_t(units_of(h));
   uint32_t at = 0;
   s.num_slots = num_slots;
-  s.slots = at, at += uint32_t(num_slots * t.slot_bytes);
-  s.q = at, at += heads * uint32_t(t.Dk) * 2;
-  s.p = at, at += heads * uint32_t(t.segment) * 2;
-  s.row_max = at, at += uint32_t(t.token_warps) * heads * 4;
-  s.row_sum = at, at += uint32_t(t.token_warps) * heads * 4;
-  s.map = at, at += uint32_t(kMapSlots * 2 * t.segment * 4);
+  // Ring full and empty (of as many slots as there may be), a map's tiles full and the map empty, Q full and empty.
+  s.num_barriers = 2 * kMaxSlots + kMapSlots * (t.segment / t.rows_k + 1) + 2;
+  s.barriers = at, at = align_up(at + uint32_t(s.num_barriers) * 8, 16);
   s.segments = at, at += uint32_t(kMapSlots * kSegmentHeaderBytes);
-  s.barriers = at, at += uint32_t(num_barriers(num_slots) * 8);
+  s.map = at, at += uint32_t(kMapSlots * 2 * t.segment * 4);
+  s.row_max = at, at += uint32_t(t.token_warps * t.head_tile * 4);
+  s.row_sum = at, at = align_up(at + uint32_t(t.token_warps * t.head_tile * 4), 128);
+  s.q = at, at += uint32_t(t.head_tile * t.Dk * 2);
+  s.p = at, at = align_up(at + uint32_t(t.head_tile * t.segment * 2), 1024);
+  s.slots = at, at += uint32_t(num_slots * t.slot_bytes);
   s.total = align_up(at, 128);
   return s;
 }

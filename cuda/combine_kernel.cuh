@@ -8,12 +8,10 @@ namespace nsa_sel {
 // A thread owns four neighbouring columns of one head; blockIdx.x = split row * chunks + chunk.
 template <class T>
 __device__ __forceinline__ void combine_kernel(const CombineParams& p) {
-  const int quads = p.h * p.Dv / 4;
-  const int chunks = (quads + kCombineThreads - 1) / kCombineThreads;
-  const int split_row = int(blockIdx.x) / chunks;
-  const int quad = (int(blockIdx.x) - split_row * chunks) * kCombineThreads + int(threadIdx.x);
-  if (quad >= quads) return;
-  const int head = quad / (p.Dv / 4), d = quad % (p.Dv / 4) * 4;
+  const int split_row = divide(int(blockIdx.x), p.by_chunks);
+  const int quad = (int(blockIdx.x) - split_row * p.chunks) * kCombineThreads + int(threadIdx.x);
+  const int head = divide(quad, p.by_columns), d = quad * 4 - head * p.Dv;
+  if (head >= p.h) return;
   const int64_t first_part = int64_t(split_row) * p.num_splits * p.h + head;  // parts of one head are h apart
 
   dev::grid_dependency_wait();

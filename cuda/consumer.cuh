@@ -9,20 +9,24 @@
 
 namespace nsa_sel::consumer {
 
-constexpr int kClusterBarrier = 3;  // 1 and 2 are the groups of head warps
-
 template <class Traits>
 struct Consumer {
   using T = typename Traits::T;
   static constexpr int kUnits = Traits::kUnits, kRowsK = Traits::kRowsK, kRowsV = Traits::kRowsV;
+  static constexpr int kHeads = Traits::kHeadTile;
   static constexpr int kGroupThreads = 32 * Traits::kTokenWarps;  // the warps that share a set of heads
 
   const DecodeParams& p;
-  const SharedViews<Traits>& smem;
+  const SharedViews<Traits> smem;
   const int lane, g, t;  // g = lane / 4: token or column in a fragment; t = lane % 4: pair of heads
   const int head_warp, token_warp;
-  const int first_unit;  // of this warp's heads
-  const int row_units;   // units of 8 heads that the row has
+  const int first_unit;                // of this warp's heads
+  const int used_units;                // units of 8 heads that the row has for this warp: 1 at least
+  int q_offset[2];                     // in Q, by half a slab
+  int k_offset[4];                     // in a K tile, of this lane's row of each ldmatrix, by pair of chunks in a slab
+  int v_offset[Traits::kColumnTiles];  // in a V tile, by tile of columns
+  int p_offset[kUnits / 2];            // in P, by pair of units; a unit that the row does not have reads another
+                                       // one's place
   RingCursor slot, segment;
   uint32_t q_phase = 0;
 
@@ -37,23 +41,58 @@ struct Consumer {
         lane(int(threadIdx.x) & 31),
         g(lane >> 2),
         t(lane & 3),
-        head_warp(warp / Traits::kTokenWarps),
-        token_warp(warp % Traits::kTokenWarps),
-        first_unit(head_warp * Traits::kUnits),
-        row_units(units_of(params.h)) {}
+        head_warp(Traits::kTile.head_warps == 1 ? 0 : warp / Traits::kTokenWarps),
+        token_warp(Traits::kTile.head_warps == 1 ? warp : warp % Traits::kTokenWarps),
+        first_unit(head_warp * kUnits),
+        used_units(units_of(params.h) - first_unit) {
+    // Kept in registers: what is left to add for a tile, a slab or 16 rows are immediates of the ldmatrix.
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+      q_offset[j] = dev::keep<Traits::kKeepOffsets>(slab_offset(kHeads, lane & 7, 4 * j + (lane >> 3)));
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      k_offset[c] = dev::keep<Traits::kKeepOffsets>(
+          tile_offset<Traits, Traits::kDk, kRowsK>(token_warp * 16 + (lane & 15), 2 * c + (lane >> 4)));
+    }
+#pragma unroll
+    for (int c = 0; c < Traits::kColumnTiles; ++c) {
+      const int chunk = (token_warp * Traits::kColumnTiles + c) * 2 + ((lane >> 3) & 1);
+      v_offset[c] = dev::keep<Traits::kKeepOffsets>(
+          tile_offset<Traits, Traits::kDv, kRowsV>((lane >> 4) * 8 + (lane & 7), chunk));
+    }
+#pragma unroll
+    for (int pair = 0; pair < kUnits / 2; ++pair) {
+      const int unit = min(2 * pair + (lane >> 4), used_units - 1);
+      p_offset[pair] = dev::keep<Traits::kKeepOffsets>((unit * Traits::kSegment + (lane & 15)) * 16);
+    }
+  }
+  // Bytes from a slab to the next and from a row to the next, in a tile of K or V.
+  static constexpr int kSlabK = Traits::kBulk ? 128 : kRowsK * 128;
+  static constexpr int kRowK = Traits::kBulk ? Traits::kDk * 2 + Traits::kTile.row_padding : 128;
+  static constexpr int kRowV = Traits::kBulk ? Traits::kDv * 2 + Traits::kTile.row_padding : 128;
 
   // Units beyond the row's heads are skipped, not padded: the test is the same for all lanes.
-  __device__ __forceinline__ bool has_unit(int u) const { return first_unit + u < row_units; }
+  __device__ __forceinline__ bool has_unit(int u) const { return u == 0 || u < used_units; }
+
+  // The warps that share a set of heads meet. The id is an immediate: one in a register would cost every other barrier
+  // of the kernel its own.
+  __device__ __forceinline__ void group_sync() const {
+    if (head_warp == 0) {
+      dev::named_barrier_sync(kHeadWarpBarrier, kGroupThreads);
+    } else {
+      dev::named_barrier_sync(kHeadWarpBarrier + 1, kGroupThreads);
+    }
+  }
 
   // Arrivals below are by lane 0 behind a __syncwarp: it orders every lane's reads before the slot is given back.
   __device__ __forceinline__ void arrive(uint64_t* barrier) const {
     if (lane == 0) dev::mbarrier_arrive(barrier);
   }
 
-  // Four 8x8 matrices of Q: unit u's heads by 32 columns from chunk 4 j.
-  __device__ __forceinline__ void load_q_fragment(uint32_t (&r)[4], int u, int j) const {
+  // Four 8x8 matrices of Q: unit u's heads by half a slab, 32 columns.
+  __device__ __forceinline__ void load_q_fragment(uint32_t (&r)[4], int u, int slab, int half) const {
     const unsigned char* q = reinterpret_cast<const unsigned char*>(smem.q) + (first_unit + u) * 8 * 128;
-    dev::ldmatrix_x4(r, q + slab_offset(8 * row_units, lane & 7, 4 * j + (lane >> 3)));
+    dev::ldmatrix_x4(r, q + q_offset[half] + slab * kHeads * 128);
   }
 
   __device__ __forceinline__ void begin_item() {
@@ -71,36 +110,47 @@ struct Consumer {
       for (int j = 0; j < Traits::kDk / 32; ++j)
 #pragma unroll
         for (int u = 0; u < kUnits; ++u)
-          if (has_unit(u)) load_q_fragment(q_fragments[j][u], u, j);
+          if (has_unit(u)) load_q_fragment(q_fragments[j][u], u, j / 2, j % 2);
       __syncwarp();
       arrive(smem.q_empty);
     }
   }
 
-  // One m16 tile of K against all heads of the warp.
-  __device__ __forceinline__ void multiply_keys(const unsigned char* tile, int row0, float (&acc)[kUnits][4]) {
-    constexpr int kSets = Traits::kAccumulatorSets;
+  // One m16 tile of K, `sub` steps behind the warp's first, against all heads of the warp. Where registers allow, the
+  // next fragments are asked for before the current ones are multiplied.
+  __device__ __forceinline__ void multiply_keys(const unsigned char* tile, int sub, float (&acc)[kUnits][4]) {
+    constexpr int kSets = Traits::kAccumulatorSets, kSlabs = Traits::kDk / 64;
     float sums[kSets][kUnits][4] = {};
-#pragma unroll
-    for (int j = 0; j < Traits::kDk / 32; ++j) {
-      uint32_t a[2][4];
+    uint32_t a[2][2][4];  // of half a slab: 32 columns
+    const auto load = [&](int slab, int half) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        dev::ldmatrix_x4(
-            a[i], tile + tile_offset<Traits, Traits::kDk, kRowsK>(row0 + (lane & 15), 4 * j + 2 * i + (lane >> 4)));
+        dev::ldmatrix_x4(a[half][i],
+                         tile + k_offset[2 * half + i] + slab * kSlabK + sub * 16 * Traits::kTokenWarps * kRowK);
       }
+    };
+    if (Traits::kFragmentsAhead) load(0, 0);
+    // Unrolled at 64 heads, the scheduler fetches so much of Q ahead that registers spill.
+#pragma unroll(Traits::kHeadTile > 32 ? 1 : kSlabs)
+    for (int slab = 0; slab < kSlabs; ++slab) {
 #pragma unroll
-      for (int u = 0; u < kUnits; ++u) {
-        if (!has_unit(u)) continue;
-        uint32_t b[4];
-        if constexpr (Traits::kQInRegisters) {
+      for (int half = 0; half < 2; ++half) {
+        if (!Traits::kFragmentsAhead) load(slab, half);
+        if (Traits::kFragmentsAhead && half == 0) load(slab, 1);
+        if (Traits::kFragmentsAhead && half == 1 && slab + 1 < kSlabs) load(slab + 1, 0);
 #pragma unroll
-          for (int e = 0; e < 4; ++e) b[e] = q_fragments[j][u][e];
-        } else {
-          load_q_fragment(b, u, j);
+        for (int u = 0; u < kUnits; ++u) {
+          if (!has_unit(u)) continue;
+          uint32_t b[4];
+          if constexpr (Traits::kQInRegisters) {
+#pragma unroll
+            for (int e = 0; e < 4; ++e) b[e] = q_fragments[2 * slab + half][u][e];
+          } else {
+            load_q_fragment(b, u, slab, half);
+          }
+          dev::mma_m16n8k16<T>(sums[0][u], a[half][0], b[0], b[1]);
+          dev::mma_m16n8k16<T>(sums[kSets - 1][u], a[half][1], b[2], b[3]);
         }
-        dev::mma_m16n8k16<T>(sums[0][u], a[0], b[0], b[1]);
-        dev::mma_m16n8k16<T>(sums[kSets - 1][u], a[1], b[2], b[3]);
       }
     }
 #pragma unroll
@@ -109,8 +159,9 @@ struct Consumer {
       for (int e = 0; e < 4; ++e) acc[u][e] = kSets == 1 ? sums[0][u][e] : sums[0][u][e] + sums[kSets - 1][u][e];
   }
 
+  // Without a page table every position under `tokens` has a row.
   __device__ __forceinline__ bool selected(int position, int tokens) const {
-    return position < tokens && dev::load(smem.map_k(segment.slot) + position) != kNoRow;
+    return position < tokens && (p.page_size == 0 || dev::load(smem.map_k(segment.slot) + position) != kNoRow);
   }
 
   // Pass 1: base-2 logits of the whole segment into registers; tokens that do not exist are -inf.
@@ -118,19 +169,27 @@ struct Consumer {
 #pragma unroll
     for (int kt = 0; kt < Traits::kTilesK; ++kt) {
       if (kt * kRowsK >= tokens) break;
+      if (kt > 0 && p.page_size > 0) smem.wait_for_mapped_tile(segment, kt);  // its map is read below
       dev::mbarrier_wait(smem.slot_full + slot.slot, slot.phase);
       const unsigned char* tile = smem.slots + slot.slot * Traits::kTile.slot_bytes;
 #pragma unroll
       for (int sub = 0; sub < Traits::kSubTiles; ++sub) {
         const int row0 = (sub * Traits::kTokenWarps + token_warp) * 16;
-        if (kt * kRowsK + row0 < tokens) multiply_keys(tile, row0, logits[kt][sub]);
+        if (kt * kRowsK + row0 < tokens) multiply_keys(tile, sub, logits[kt][sub]);
       }
       __syncwarp();
       arrive(smem.slot_empty + slot.slot);
       slot.advance(p.smem.num_slots);
 #pragma unroll
       for (int sub = 0; sub < Traits::kSubTiles; ++sub) {
-        const int position = kt * kRowsK + (sub * Traits::kTokenWarps + token_warp) * 16 + g;
+        const int first = kt * kRowsK + (sub * Traits::kTokenWarps + token_warp) * 16, position = first + g;
+        if (p.page_size == 0 && first + 16 <= tokens) {
+#pragma unroll
+          for (int u = 0; u < kUnits; ++u)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) logits[kt][sub][u][e] *= p.scale_log2;
+          continue;
+        }
         const bool low = selected(position, tokens), high = selected(position + 8, tokens);
 #pragma unroll
         for (int u = 0; u < kUnits; ++u)
@@ -143,44 +202,71 @@ struct Consumer {
     }
   }
 
-  // The exact max of the segment over all tokens, folded into the state; O is brought to the new max.
-  __device__ __forceinline__ void update_max(int tokens, bool first_segment) {
-    const int heads = 8 * row_units;
+  // Reduces each of a thread's 2 * kUnits values over the eight lanes that hold the same heads. Lanes exchange halves
+  // of their values while there are any, so that N values take N - 1 shuffles and not 3 N; a lane ends with the value
+  // of head (first_unit * 8 + head_of_lane()).
+  template <class Op>
+  __device__ __forceinline__ float fold(float (&v)[2 * kUnits], const Op& op) const {
+    int step = 16;
 #pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      if (!has_unit(u)) continue;
-      float2 local{-INFINITY, -INFINITY};
+    for (int n = kUnits; n >= 1; n /= 2, step /= 2) {
+      const bool upper = (lane & step) != 0;
 #pragma unroll
-      for (int kt = 0; kt < Traits::kTilesK; ++kt)
-#pragma unroll
-        for (int sub = 0; sub < Traits::kSubTiles; ++sub) {
-          if (kt * kRowsK + (sub * Traits::kTokenWarps + token_warp) * 16 >= tokens) continue;
-          const float (&x)[4] = logits[kt][sub][u];
-          local.x = fmaxf(local.x, fmaxf(x[0], x[2]));
-          local.y = fmaxf(local.y, fmaxf(x[1], x[3]));
-        }
-#pragma unroll
-      for (int step = 4; step < 32; step *= 2) {  // over the tokens of the fragment
-        local.x = fmaxf(local.x, __shfl_xor_sync(0xffffffffu, local.x, step));
-        local.y = fmaxf(local.y, __shfl_xor_sync(0xffffffffu, local.y, step));
-      }
-      if (g == 0) {
-        dev::store(reinterpret_cast<float2*>(smem.row_max + token_warp * heads + (first_unit + u) * 8 + 2 * t), local);
+      for (int i = 0; i < n; ++i) {
+        const float mine = upper ? v[i + n] : v[i], theirs = upper ? v[i] : v[i + n];
+        v[i] = op(mine, __shfl_xor_sync(0xffffffffu, theirs, step));
       }
     }
-    dev::named_barrier_sync(1 + head_warp, kGroupThreads);
+    if (step == 4) v[0] = op(v[0], __shfl_xor_sync(0xffffffffu, v[0], 4));
+    return v[0];
+  }
+  __device__ __forceinline__ int head_of_lane() const {
+    const int index = kUnits == 2 ? lane >> 3 : lane >> 2;  // 2 * unit + (head & 1)
+    return (index >> 1) * 8 + 2 * t + (index & 1);
+  }
+  // Every thread's heads over all warps of the group, from `shares` [token warps][head tile]; in warp order, so that
+  // two runs give the same bits.
+  template <class Op>
+  __device__ __forceinline__ void exchange(float* shares, float (&v)[2 * kUnits], const Op& op) const {
+    const float mine = fold(v, op);
+    if (kUnits > 2 || (lane & 4) == 0) {
+      dev::store(shares + token_warp * kHeads + first_unit * 8 + head_of_lane(), mine);
+    }
+    group_sync();
+#pragma unroll
+    for (int w = 0; w < Traits::kTokenWarps; ++w)
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        const float2 share =
+            dev::load(reinterpret_cast<const float2*>(shares + w * kHeads + (first_unit + u) * 8 + 2 * t));
+        v[2 * u] = w == 0 ? share.x : op(v[2 * u], share.x);
+        v[2 * u + 1] = w == 0 ? share.y : op(v[2 * u + 1], share.y);
+      }
+  }
+
+  // The exact max of the segment over all tokens, folded into the state; O is brought to the new max.
+  __device__ __forceinline__ void update_max(int tokens, bool first_segment) {
+    float local[2 * kUnits];
+#pragma unroll
+    for (int i = 0; i < 2 * kUnits; ++i) local[i] = -INFINITY;
+#pragma unroll
+    for (int kt = 0; kt < Traits::kTilesK; ++kt)
+#pragma unroll
+      for (int sub = 0; sub < Traits::kSubTiles; ++sub) {
+        if (kt * kRowsK + (sub * Traits::kTokenWarps + token_warp) * 16 >= tokens) continue;
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+          if (!has_unit(u)) continue;
+          const float (&x)[4] = logits[kt][sub][u];
+          local[2 * u] = fmaxf(local[2 * u], fmaxf(x[0], x[2]));
+          local[2 * u + 1] = fmaxf(local[2 * u + 1], fmaxf(x[1], x[3]));
+        }
+      }
+    exchange(smem.row_max, local, [](float a, float b) { return fmaxf(a, b); });
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
       if (!has_unit(u)) continue;
-      float2 all{-INFINITY, -INFINITY};
-#pragma unroll
-      for (int w = 0; w < Traits::kTokenWarps; ++w) {
-        const float2 other =
-            dev::load(reinterpret_cast<const float2*>(smem.row_max + w * heads + (first_unit + u) * 8 + 2 * t));
-        all.x = fmaxf(all.x, other.x);
-        all.y = fmaxf(all.y, other.y);
-      }
-      const float factor[2] = {state.raise(2 * u, all.x), state.raise(2 * u + 1, all.y)};
+      const float factor[2] = {state.raise(2 * u, local[2 * u]), state.raise(2 * u + 1, local[2 * u + 1])};
       if (first_segment) continue;  // O is zero
 #pragma unroll
       for (int c = 0; c < Traits::kColumnTiles; ++c)
@@ -212,109 +298,127 @@ struct Consumer {
           dev::store(row + 8 * 4, dev::pack2<T>(weights[2], weights[3]));
         }
       }
-    dev::named_barrier_sync(1 + head_warp, kGroupThreads);
+    group_sync();
   }
 
-  // 16 tokens of V against their probabilities: every warp of the group owns kDv / kTokenWarps columns.
-  __device__ __forceinline__ void multiply_values(const unsigned char* tile, int row0, int position) {
+  // Fragments of 16 tokens: V's columns of this warp, and the probabilities of its heads.
+  struct ValueStep {
+    uint32_t a[Traits::kColumnTiles][4];
     uint32_t b[kUnits][2];
+  };
+  __device__ __forceinline__ void load_values(ValueStep& step, const unsigned char* tile, int row0,
+                                              const unsigned char* probabilities) const {
 #pragma unroll
-    for (int pair = 0; pair < kUnits; pair += 2) {
-      if (!has_unit(pair)) continue;
-      const int unit = min(first_unit + pair + (lane >> 4), row_units - 1);
+    for (int pair = 0; pair < kUnits / 2; ++pair) {
       uint32_t r[4];
-      dev::ldmatrix_x4_trans(r, smem.p + (unit * Traits::kSegment + position + (lane & 15)) * 8);
-      b[pair][0] = r[0], b[pair][1] = r[1], b[pair + 1][0] = r[2], b[pair + 1][1] = r[3];
+      dev::ldmatrix_x4_trans(r, probabilities + p_offset[pair] + row0 * 16);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) step.b[2 * pair + e / 2][e % 2] = r[e];
     }
 #pragma unroll
     for (int c = 0; c < Traits::kColumnTiles; ++c) {
-      const int chunk = (token_warp * Traits::kColumnTiles + c) * 2 + ((lane >> 3) & 1);
-      uint32_t a[4];
-      dev::ldmatrix_x4_trans(
-          a, tile + tile_offset<Traits, Traits::kDv, kRowsV>(row0 + (lane >> 4) * 8 + (lane & 7), chunk));
-#pragma unroll
-      for (int u = 0; u < kUnits; ++u) {
-        if (has_unit(u)) dev::mma_m16n8k16<T>(o[c][u], a, b[u][0], b[u][1]);
-      }
+      dev::ldmatrix_x4_trans(step.a[c], tile + v_offset[c] + row0 * kRowV);
     }
   }
+  __device__ __forceinline__ void multiply_values(const ValueStep& step) {
+#pragma unroll
+    for (int c = 0; c < Traits::kColumnTiles; ++c)
+#pragma unroll
+      for (int u = 0; u < kUnits; ++u) {
+        if (has_unit(u)) dev::mma_m16n8k16<T>(o[c][u], step.a[c], step.b[u][0], step.b[u][1]);
+      }
+  }
 
-  // Pass 2.
+  // Pass 2: every warp of the group owns kDv / kTokenWarps columns of O.
   __device__ __forceinline__ void accumulate_values(int tokens) {
-    for (int first = 0; first < tokens; first += kRowsV) {
+    const unsigned char* probabilities =
+        reinterpret_cast<const unsigned char*>(smem.p) + first_unit * Traits::kSegment * 16;
+    for (int left = tokens; left > 0; left -= kRowsV) {
       dev::mbarrier_wait(smem.slot_full + slot.slot, slot.phase);
       const unsigned char* tile = smem.slots + slot.slot * Traits::kTile.slot_bytes;
+      if (Traits::kFragmentsAhead && left >= kRowsV) {
+        ValueStep steps[2];
+        load_values(steps[0], tile, 0, probabilities);
 #pragma unroll
-      for (int row0 = 0; row0 < kRowsV; row0 += 16) {
-        if (first + row0 < tokens) multiply_values(tile, row0, first + row0);
+        for (int s = 0; s < kRowsV / 16; ++s) {
+          if (s + 1 < kRowsV / 16) load_values(steps[(s + 1) & 1], tile, (s + 1) * 16, probabilities);
+          multiply_values(steps[s & 1]);
+        }
+      } else {
+#pragma unroll
+        for (int row0 = 0; row0 < kRowsV; row0 += 16) {
+          if (row0 >= left) break;
+          ValueStep step;
+          load_values(step, tile, row0, probabilities);
+          multiply_values(step);
+        }
       }
       __syncwarp();
       arrive(smem.slot_empty + slot.slot);
       slot.advance(p.smem.num_slots);
+      probabilities += kRowsV * 16;
     }
   }
 
   // Adds up the threads' shares of each head's sum.
   __device__ __forceinline__ void reduce_sums() {
-    const int heads = 8 * row_units;
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
-      if (!has_unit(u)) continue;
-      float2 sum{state.sum[2 * u], state.sum[2 * u + 1]};
-#pragma unroll
-      for (int step = 4; step < 32; step *= 2) {
-        sum.x += __shfl_xor_sync(0xffffffffu, sum.x, step);
-        sum.y += __shfl_xor_sync(0xffffffffu, sum.y, step);
-      }
-      if (g == 0) {
-        dev::store(reinterpret_cast<float2*>(smem.row_sum + token_warp * heads + (first_unit + u) * 8 + 2 * t), sum);
-      }
+      if (!has_unit(u)) state.sum[2 * u] = state.sum[2 * u + 1] = 0.0f;
     }
-    dev::named_barrier_sync(1 + head_warp, kGroupThreads);
-#pragma unroll
-    for (int u = 0; u < kUnits; ++u) {
-      if (!has_unit(u)) continue;
-      float2 sum{0.0f, 0.0f};
-#pragma unroll
-      for (int w = 0; w < Traits::kTokenWarps; ++w) {  // always in this order: two runs give the same bits
-        const float2 other =
-            dev::load(reinterpret_cast<const float2*>(smem.row_sum + w * heads + (first_unit + u) * 8 + 2 * t));
-        sum.x += other.x;
-        sum.y += other.y;
-      }
-      state.sum[2 * u] = sum.x;
-      state.sum[2 * u + 1] = sum.y;
-    }
+    exchange(smem.row_sum, state.sum, [](float a, float b) { return a + b; });
   }
 
-  // Whole rows: normalise, transpose 8x8 blocks in registers so that a head's columns are neighbours, write once.
+  // The thread's place in fragments once more, for the ends of an item: kept apart, so that nothing made of it is worth
+  // a register from one item to the next.
+  struct Place {
+    int thread, g, t, token_warp;
+  };
+  __device__ __forceinline__ Place place() const {
+    const int thread = dev::keep<Traits::kKeepOffsets>(int(threadIdx.x));
+    return {thread, (thread & 31) >> 2, thread & 3, (thread >> 5) % Traits::kTokenWarps};
+  }
+
+  // What an item's end needs of the sums, while the last V is still on its way. Of a whole row that is lse, and the
+  // inverse in the sum's place; a split hands its sum on.
+  __device__ __forceinline__ void finish_sums(const SegmentInfo& info) {
+    reduce_sums();
+    if (info.split >= 0) return;
+    const auto [thread, g, t, token_warp] = place();
+    if (p.lse != nullptr && token_warp == 0 && g == 0) {
+      const RowIndex r = row_index(p, info.row);
+      float* lse = p.lse + ((int64_t(r.b) * p.S + r.s) * p.G + r.g) * p.h;
+#pragma unroll
+      for (int i = 0; i < 2 * kUnits; ++i) {
+        const int head = (first_unit + i / 2) * 8 + 2 * t + i % 2;
+        if (head < p.h) dev::store(lse + head, natural_lse(state.max[i], state.sum[i]));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 2 * kUnits; ++i) state.sum[i] = inverse_sum(state.sum[i]);
+  }
+
+  // Whole rows, `state.sum` inverse: normalise, transpose 8x8 blocks in registers so that a head's columns are
+  // neighbours, write once.
   __device__ __forceinline__ void write_row(int row) const {
-    const RowIndex r = row_index(row, p.S, p.G);
-    T* out = static_cast<T*>(p.out) + r.b * p.out_stride_b + r.s * p.out_stride_s + r.g * p.out_stride_g;
-    const int64_t lse_row = (int64_t(r.b) * p.S + r.s) * p.G + r.g;
+    const auto [thread, g, t, token_warp] = place();
+    const RowIndex r = row_index(p, row);
+    T* out = static_cast<T*>(p.out) + uint32_t(r.b) * p.out_stride_b + uint32_t(r.s) * p.out_stride_s +
+             uint32_t(r.g) * p.out_stride_g;
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
       if (!has_unit(u)) continue;
       const int unit = first_unit + u;
-      const float scale[2] = {inverse_sum(state.sum[2 * u]), inverse_sum(state.sum[2 * u + 1])};
 #pragma unroll
       for (int c = 0; c < Traits::kColumnTiles; ++c) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const uint32_t column = dev::pack2<T>(o[c][u][2 * half] * scale[0], o[c][u][2 * half + 1] * scale[1]);
+          const uint32_t column =
+              dev::pack2<T>(o[c][u][2 * half] * state.sum[2 * u], o[c][u][2 * half + 1] * state.sum[2 * u + 1]);
           const uint32_t pair = dev::movmatrix_trans(column);  // now head g, columns 2t and 2t + 1
           const int head = unit * 8 + g;
           const int d = (token_warp * Traits::kColumnTiles + c) * 16 + half * 8 + 2 * t;
-          if (head < p.h) dev::store(reinterpret_cast<uint32_t*>(out + head * p.out_stride_h + d), pair);
-        }
-      }
-      if (p.lse != nullptr && token_warp == 0 && g == 0) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          const int head = unit * 8 + 2 * t + e;
-          if (head < p.h) {
-            dev::store(p.lse + lse_row * p.h + head, natural_lse(state.max[2 * u + e], state.sum[2 * u + e]));
-          }
+          if (head < p.h) dev::store(reinterpret_cast<uint32_t*>(out + uint32_t(head) * p.out_stride_h + d), pair);
         }
       }
     }
@@ -337,6 +441,7 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void write_partial(const Partial& part) const {
+    const auto [thread, g, t, token_warp] = place();
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
       if (!has_unit(u)) continue;
@@ -359,29 +464,34 @@ struct Consumer {
   }
 
   __device__ __forceinline__ void finish_item(const SegmentInfo& info) {
-    reduce_sums();
     if (info.split < 0) {
       write_row(info.row);
       return;
     }
     // A cluster's partial takes the place of the ring: every warp must have finished with its V tiles.
-    if (p.cluster) dev::named_barrier_sync(kClusterBarrier, 32 * kConsumerWarps);
+    if (p.cluster) dev::named_barrier_sync(kConsumerBarrier, 32 * kConsumerWarps);
     write_partial(partial_of(info));
   }
 
-  // Nothing selected: zeros and lse -inf, or an empty partial, whose O nobody reads.
+  // Nothing selected: zeros and lse -inf, or an empty partial.
   __device__ __forceinline__ void write_empty(const SegmentInfo& info) const {
-    const int thread = int(threadIdx.x);  // [0, 32 * kConsumerWarps)
+    const int thread = place().thread;  // [0, 32 * kConsumerWarps)
     if (info.split >= 0) {
       const Partial part = partial_of(info);
       if (thread < p.h) dev::store(reinterpret_cast<float2*>(part.ml + thread * 2), float2{-INFINITY, 0.0f});
+#pragma unroll 1
+      for (int i = thread; i < p.h * (Traits::kDv / 4); i += 32 * kConsumerWarps) {  // read with the others
+        const int head = i / (Traits::kDv / 4), d = i % (Traits::kDv / 4) * 4;
+        dev::store(reinterpret_cast<float4*>(part.o + head * part.head_stride + d), float4{0.0f, 0.0f, 0.0f, 0.0f});
+      }
       return;
     }
-    const RowIndex r = row_index(info.row, p.S, p.G);
-    T* out = static_cast<T*>(p.out) + r.b * p.out_stride_b + r.s * p.out_stride_s + r.g * p.out_stride_g;
+    const RowIndex r = row_index(p, info.row);
+    T* out = static_cast<T*>(p.out) + uint32_t(r.b) * p.out_stride_b + uint32_t(r.s) * p.out_stride_s +
+             uint32_t(r.g) * p.out_stride_g;
     for (int i = thread; i < p.h * (Traits::kDv / 2); i += 32 * kConsumerWarps) {
       const int head = i / (Traits::kDv / 2), d = i % (Traits::kDv / 2) * 2;
-      dev::store(reinterpret_cast<uint32_t*>(out + head * p.out_stride_h + d), 0u);
+      dev::store(reinterpret_cast<uint32_t*>(out + uint32_t(head) * p.out_stride_h + d), 0u);
     }
     if (p.lse != nullptr && thread < p.h) {
       dev::store(p.lse + ((int64_t(r.b) * p.S + r.s) * p.G + r.g) * p.h + thread, -INFINITY);
@@ -390,7 +500,7 @@ struct Consumer {
 
   __device__ __forceinline__ void run() {
     for (;;) {
-      dev::mbarrier_wait(smem.map_full + segment.slot, segment.phase);
+      dev::mbarrier_wait(smem.map_full + segment.slot * Traits::kTilesK, segment.phase);
       const SegmentInfo info = dev::load(&smem.segments[segment.slot].info);
       if (info.tokens < 0) break;
       const bool first = info.flags & kFirstSegment, last = info.flags & kLastSegment;
@@ -402,6 +512,7 @@ struct Consumer {
         if (!Traits::kQInRegisters && last) arrive(smem.q_empty);  // Q was read before the last K slot's __syncwarp
         update_max(info.tokens, first);
         store_probabilities(info.tokens);
+        if (last) finish_sums(info);
         accumulate_values(info.tokens);
       }
       __syncwarp();

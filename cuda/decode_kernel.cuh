@@ -15,22 +15,25 @@
 
 namespace nsa_sel {
 
+// By one thread: on sm_90 the address of an initialisation is a uniform register, and lanes with barriers of their own
+// would take turns.
 template <class Traits>
-__device__ __forceinline__ void init_barriers(const DecodeParams& p, const SharedViews<Traits>& smem) {
-  if (threadIdx.x == 0) {
-    for (int i = 0; i < p.smem.num_slots; ++i) {
-      dev::mbarrier_init(smem.slot_full + i, Traits::kBulk ? 1 : 32 * kLoaderWarps);  // cp.async: every lane arrives
-      dev::mbarrier_init(smem.slot_empty + i, kConsumerWarps);
-    }
-    for (int i = 0; i < kMapSlots; ++i) {
-      dev::mbarrier_init(smem.map_full + i, 1);
-      dev::mbarrier_init(smem.map_empty + i, kLoaderWarps + kConsumerWarps);
-    }
-    dev::mbarrier_init(smem.q_full, 32);
-    dev::mbarrier_init(smem.q_empty, kConsumerWarps);
-    if constexpr (Traits::kBulk) dev::fence_barrier_init();  // the copy engine must see them as well
+__device__ __forceinline__ void init_barriers(const SharedViews<Traits>& smem) {
+  if ((threadIdx.x & 31) != 0) return;
+#pragma unroll
+  for (int i = 0; i < kMaxSlots; ++i) {
+    dev::mbarrier_init(smem.slot_full + i, Traits::kBulk ? 1 : 32 * kLoaderWarps);  // cp.async: every lane arrives
+    dev::mbarrier_init(smem.slot_empty + i, kConsumerWarps);
   }
-  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kMapSlots; ++i) {
+#pragma unroll
+    for (int t = 0; t < Traits::kTilesK; ++t) dev::mbarrier_init(smem.map_full + i * Traits::kTilesK + t, 1);
+    dev::mbarrier_init(smem.map_empty + i, kLoaderWarps + kConsumerWarps);
+  }
+  dev::mbarrier_init(smem.q_full, 32);
+  dev::mbarrier_init(smem.q_empty, kConsumerWarps);
+  if constexpr (Traits::kBulk) dev::fence_barrier_init();  // the copy engine must see them as well
 }
 
 // The blocks of a cluster hold the splits of one row, one each and nothing else: every block merges its share of the
@@ -56,24 +59,32 @@ __device__ __forceinline__ void cluster_combine(const DecodeParams& p, const Sha
               reinterpret_cast<const float4*>(dev::cluster_map(own.o + head * own.kHeadStride + d, split)));
         });
   }
-  dev::cluster_arrive();
+  dev::cluster_arrive_relaxed();
   dev::cluster_wait();  // nobody leaves while its shared memory is read
 }
 
 template <class Traits>
 __device__ __forceinline__ void decode_kernel(const DecodeParams& p) {
   NSA_SEL_DYNAMIC_SMEM(raw_smem);
-  const SharedViews<Traits> smem(raw_smem, p);
-  init_barriers(p, smem);
-  dev::grid_launch_dependents();  // the combine kernel may be set up while we run; it waits before it reads
-
-  const int warp = int(threadIdx.x) >> 5;
-  if (warp < kConsumerWarps) {
-    consumer::Consumer<Traits>(p, smem, warp).run();
-  } else if (warp < kConsumerWarps + kLoaderWarps) {
-    loader::run<Traits>(p, smem, warp - kConsumerWarps);
+  const SharedViews<Traits> smem(raw_smem, p.smem.num_slots);
+  constexpr int kMapperWarp = kConsumerWarps + kLoaderWarps;
+  const int thread = int(threadIdx.x);
+  mapper::Mapper<Traits> mapper(p, smem);
+  RawRow first_row{};
+  if (thread >= 32 * kMapperWarp) {
+    first_row = mapper.begin();
+  } else if (thread >= 32 * (kMapperWarp - 1)) {
+    init_barriers(smem);
+    dev::grid_launch_dependents();  // the combine kernel may be set up while we run; it waits before it reads
+  }
+  __syncthreads();
+  if (thread >= 32 * kMapperWarp) {
+    mapper.run(first_row);
+  } else if (thread >= 32 * kConsumerWarps) {
+    loader::run<Traits>(p, smem, (thread >> 5) - kConsumerWarps);
   } else {
-    mapper::run<Traits>(p, smem);
+    // One value for the whole warp, and known to be: branches on it need no reconvergence.
+    consumer::Consumer<Traits>(p, smem, __shfl_sync(0xffffffffu, thread >> 5, 0)).run();
   }
   if (p.cluster) cluster_combine(p, smem);
 }

@@ -4,53 +4,78 @@
 
 namespace nsa_sel::loader {
 
-// One tile of up to kRows rows of D elements into a slot. Rows behind the last valid one, and rows whose page does not
-// exist, become zeros up to whole MMA tiles: stale bits there could be NaN, and 0 * NaN would reach the sum.
+// One tile of up to kRows rows of D elements into a slot. Rows that do not exist become zeros up to whole MMA tiles:
+// stale bits there could be NaN, and 0 * NaN would reach the sum.
 struct Tile {
   unsigned char* slot;
   const unsigned char* base;
-  const uint32_t* map;  // of the tile's first row
-  int valid;            // rows that the segment still has
+  const uint32_t* map;  // of the tile's first row; kNoRow behind the segment's last token
+  int rows;             // a multiple of 16: the mapper fills the map up to there
   uint32_t unit;        // bytes of one step of an offset
-  __device__ __forceinline__ int filled_rows(int rows) const { return min((valid + 15) / 16 * 16, rows); }
-  __device__ __forceinline__ uint32_t offset(int row) const { return row < valid ? dev::load(map + row) : kNoRow; }
-  __device__ __forceinline__ const unsigned char* row_address(uint32_t offset) const {
-    return base + uint64_t(offset) * unit;
-  }
 };
 
 // cp.async: four rows and one 128-byte slab an instruction, so that a row's slab is one full line of global memory.
-// What counts here is instructions a row, because one warp feeds the ring: map entries come into registers first
-// (behind a copy, each would cost its latency again), and eight rows at a time leave two swizzle patterns and immediate
-// offsets.
+// What counts here is instructions a row, because one warp feeds the ring: of eight rows a quarter-warp takes two
+// neighbours, which are one read of the map, one swizzle pattern each, and everything else immediate offsets.
+template <class Traits, int D, int kRows>
+struct ThreadCopies {
+  static constexpr int kOctets = kRows / 8 / kLoaderWarps;
+  static_assert(kOctets * 8 * kLoaderWarps == kRows && kOctets % 2 == 0, "loader warps share a tile's rows evenly");
+
+  unsigned char* dst[2];  // in the slot, of the lane's two rows of the first octet
+  const unsigned char* src;
+  const uint2* map;  // of the lane's two rows of the first octet
+  uint32_t unit;
+
+  __device__ __forceinline__ ThreadCopies(const Tile& tile, int loader_warp) : unit(tile.unit) {
+    const int lane = threadIdx.x & 31, chunk = lane & 7, row = (lane >> 3) * 2 + loader_warp * kOctets * 8;
+    for (int e = 0; e < 2; ++e) dst[e] = tile.slot + slab_offset(kRows, row + e, chunk);
+    src = dev::keep(tile.base + chunk * 16);  // one multiply-add a row from here
+    map = reinterpret_cast<const uint2*>(tile.map + row);
+  }
+
+  template <int kOctet, int kSlab = 0>
+  __device__ __forceinline__ void copy_row(unsigned char* to, const unsigned char* from, bool present) const {
+    dev::cp_async_16_at<kOctet * 1024 + kSlab * kRows * 128, kSlab * 128>(to, from, present);
+    if constexpr (kSlab + 1 < D / 64) copy_row<kOctet, kSlab + 1>(to, from, present);
+  }
+  __device__ __forceinline__ const unsigned char* address(uint32_t offset) const {
+    return src + uint64_t(offset) * unit;
+  }
+
+  // Octets [kFirst, kLast) whose offsets are in registers.
+  template <int kFirst, int kLast>
+  __device__ __forceinline__ void copy(const uint2* offsets) const {
+    const uint2 offset = offsets[kFirst];
+    copy_row<kFirst>(dst[0], address(offset.x), offset.x != kNoRow);
+    copy_row<kFirst>(dst[1], address(offset.y), offset.y != kNoRow);
+    if constexpr (kFirst + 1 < kLast) copy<kFirst + 1, kLast>(offsets);
+  }
+
+  // All reads of the map come first: behind a copy, each would cost its latency again.
+  template <int kFirst, int kLast>
+  __device__ __forceinline__ void copy() const {
+    uint2 offsets[kOctets];
+#pragma unroll
+    for (int i = kFirst; i < kLast; ++i) offsets[i] = dev::load(map + i * 4);
+    copy<kFirst, kLast>(offsets);
+  }
+  template <int kFirst>
+  __device__ __forceinline__ void copy_up_to(int octets) const {
+    if (kFirst >= octets) return;
+    copy<kFirst, kFirst + 2>();
+    if constexpr (kFirst + 2 < kOctets) copy_up_to<kFirst + 2>(octets);
+  }
+};
+
 template <class Traits, int D, int kRows>
 __device__ __forceinline__ void copy_by_threads(const Tile& tile, uint64_t* full, int loader_warp) {
-  constexpr int kOctets = kRows / 8 / kLoaderWarps;
-  static_assert(kOctets * 8 * kLoaderWarps == kRows, "loader warps share a tile's rows evenly");
-  const int lane = threadIdx.x & 31;
-  const int chunk = lane & 7, quad_row = lane >> 3;
-  uint32_t offsets[kOctets][2];
-#pragma unroll
-  for (int i = 0; i < kOctets; ++i)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      offsets[i][half] = tile.offset((loader_warp + i * kLoaderWarps) * 8 + half * 4 + quad_row);
-    }
-  const int stop = tile.filled_rows(kRows);
-#pragma unroll
-  for (int i = 0; i < kOctets; ++i) {
-    const int row = (loader_warp + i * kLoaderWarps) * 8;
-    if (row >= stop) break;  // stop is a multiple of 16
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const bool present = offsets[i][half] != kNoRow;
-      const unsigned char* src = tile.row_address(present ? offsets[i][half] : 0u) + chunk * 16;
-      unsigned char* dst = tile.slot + row * 128 + slab_offset(kRows, half * 4 + quad_row, chunk);
-#pragma unroll
-      for (int slab = 0; slab < D / 64; ++slab) {
-        dev::cp_async_16(dst + slab * kRows * 128, src + slab * 128, present);
-      }
-    }
+  using Copies = ThreadCopies<Traits, D, kRows>;
+  const Copies copies(tile, loader_warp);
+  if (tile.rows == kRows) {
+    copies.template copy<0, Copies::kOctets>();
+  } else {
+    copies.template copy_up_to<0>(tile.rows / 8 - loader_warp * Copies::kOctets);
   }
   dev::cp_async_arrive(full);
 }
@@ -59,15 +84,15 @@ __device__ __forceinline__ void copy_by_threads(const Tile& tile, uint64_t* full
 template <class Traits, int D, int kRows>
 __device__ __forceinline__ void copy_by_engine(const Tile& tile, uint64_t* full) {
   constexpr int kRounds = (kRows + 31) / 32;
-  const int lane = threadIdx.x & 31, stop = tile.filled_rows(kRows);
+  const int lane = threadIdx.x & 31;
   uint32_t offsets[kRounds];
   int present = 0;
 #pragma unroll
   for (int i = 0; i < kRounds; ++i) {
     const int row = i * 32 + lane;
-    offsets[i] = tile.offset(row);
+    offsets[i] = row < tile.rows ? dev::load(tile.map + row) : kNoRow;
     present += __popc(__ballot_sync(0xffffffffu, offsets[i] != kNoRow));
-    if (row < stop && offsets[i] == kNoRow) {
+    if (row < tile.rows && offsets[i] == kNoRow) {
       for (int chunk = 0; chunk < D / 8; ++chunk) {
         dev::store(reinterpret_cast<uint4*>(tile.slot + tile_offset<Traits, D, kRows>(row, chunk)), uint4{0, 0, 0, 0});
       }
@@ -80,7 +105,8 @@ __device__ __forceinline__ void copy_by_engine(const Tile& tile, uint64_t* full)
   for (int i = 0; i < kRounds; ++i) {
     if (offsets[i] == kNoRow) continue;
     const int row = i * 32 + lane;
-    dev::bulk_copy_g2s(tile.slot + tile_offset<Traits, D, kRows>(row, 0), tile.row_address(offsets[i]), D * 2, full);
+    dev::bulk_copy_g2s(tile.slot + tile_offset<Traits, D, kRows>(row, 0), tile.base + uint64_t(offsets[i]) * tile.unit,
+                       D * 2, full);
   }
 }
 
@@ -89,28 +115,36 @@ __device__ __forceinline__ void run(const DecodeParams& p, const SharedViews<Tra
   static_assert(!Traits::kBulk || kLoaderWarps == 1, "one warp announces the bytes of a tile");
   const uint32_t unit = 1u << p.unit_shift;
   RingCursor slot, segment;
-  const auto load_tiles = [&](auto dims, auto rows, uint64_t base, const uint32_t* map, int tokens) {
+  const auto load_tile = [&](auto dims, auto rows, uint64_t base, const uint32_t* map, int tokens) {
     constexpr int kD = decltype(dims)::value, kRows = decltype(rows)::value;
-    for (int first = 0; first < tokens; first += kRows) {
-      dev::mbarrier_wait(smem.slot_empty + slot.slot, slot.phase ^ 1);
-      const Tile tile{smem.slots + slot.slot * Traits::kTile.slot_bytes, reinterpret_cast<const unsigned char*>(base),
-                      map + first, min(tokens - first, kRows), unit};
-      if constexpr (Traits::kBulk) {
-        copy_by_engine<Traits, kD, kRows>(tile, smem.slot_full + slot.slot);
-      } else {
-        copy_by_threads<Traits, kD, kRows>(tile, smem.slot_full + slot.slot, loader_warp);
-      }
-      slot.advance(p.smem.num_slots);
+    if (slot.lapped) dev::mbarrier_wait(smem.slot_empty + slot.slot, slot.phase ^ 1);
+    const Tile tile{smem.slots + slot.slot * Traits::kTile.slot_bytes, reinterpret_cast<const unsigned char*>(base),
+                    map, min((tokens + 15) & ~15, kRows), unit};
+    if constexpr (Traits::kBulk) {
+      copy_by_engine<Traits, kD, kRows>(tile, smem.slot_full + slot.slot);
+    } else {
+      copy_by_threads<Traits, kD, kRows>(tile, smem.slot_full + slot.slot, loader_warp);
     }
+    slot.advance(p.smem.num_slots);
   };
 
   for (;;) {
-    dev::mbarrier_wait(smem.map_full + segment.slot, segment.phase);
+    uint64_t* mapped = smem.map_full + segment.slot * Traits::kTilesK;
+    dev::mbarrier_wait(mapped, segment.phase);
+    SegmentSource source = dev::load(&smem.segments[segment.slot].source);
+    source.k_base = dev::keep<true>(source.k_base);  // both loads travel together
     const int tokens = dev::load(&smem.segments[segment.slot].info).tokens;
     if (tokens < 0) break;
-    const SegmentSource source = dev::load(&smem.segments[segment.slot].source);
-    load_tiles(Constant<Traits::kDk>{}, Constant<Traits::kRowsK>{}, source.k_base, smem.map_k(segment.slot), tokens);
-    load_tiles(Constant<Traits::kDv>{}, Constant<Traits::kRowsV>{}, source.v_base, smem.map_v(segment.slot), tokens);
+    for (int first = 0; first < tokens;) {
+      load_tile(Constant<Traits::kDk>{}, Constant<Traits::kRowsK>{}, source.k_base, smem.map_k(segment.slot) + first,
+                tokens - first);
+      first += Traits::kRowsK;
+      if (first < tokens) dev::mbarrier_wait(++mapped, segment.phase);
+    }
+    for (int first = 0; first < tokens; first += Traits::kRowsV) {
+      load_tile(Constant<Traits::kDv>{}, Constant<Traits::kRowsV>{}, source.v_base, smem.map_v(segment.slot) + first,
+                tokens - first);
+    }
     __syncwarp();  // all lanes have read the map
     if ((threadIdx.x & 31) == 0) dev::mbarrier_arrive(smem.map_empty + segment.slot);
     segment.advance(kMapSlots);

@@ -36,6 +36,24 @@ __device__ __forceinline__ T* smem_at(unsigned char* base, size_t byte_offset, s
   return reinterpret_cast<T*>(base + byte_offset);
 }
 
+// The same value, which the compiler has to keep in a register: it neither computes it again at every use nor pulls it
+// out of a loop or an address apart. By default from sm_90 on, where a shared address starts with the block's rank in
+// its cluster; below, what is computed again is cheap and the registers are better spent elsewhere.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kKeepByDefault = false;
+#else
+constexpr bool kKeepByDefault = true;
+#endif
+template <bool kKept = kKeepByDefault, class T>
+__device__ __forceinline__ T keep(T x) {
+  if constexpr (kKept && sizeof(T) == 8) {
+    asm volatile("" : "+l"(x));
+  } else if constexpr (kKept) {
+    asm volatile("" : "+r"(x));
+  }
+  return x;
+}
+
 template <class T>
 __device__ __forceinline__ T load(const T* p) {
   return *p;
@@ -50,6 +68,14 @@ __device__ __forceinline__ void store(T* p, const T& value) {
 // 16 bytes global -> shared, bypassing L1; not valid: writes zeros and does not touch the source.
 __device__ __forceinline__ void cp_async_16(void* dst, const void* src, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(smem_address(dst)), "l"(src), "r"(valid ? 16 : 0)
+               : "memory");
+}
+
+// The same at constant distances from both addresses, which the instruction holds: no addition a copy.
+template <int kDstOffset, int kSrcOffset>
+__device__ __forceinline__ void cp_async_16_at(void* dst, const void* src, bool valid) {
+  asm volatile("cp.async.cg.shared.global [%0 + %3], [%1 + %4], 16, %2;\n" ::"r"(smem_address(dst)), "l"(src),
+               "r"(valid ? 16 : 0), "n"(kDstOffset), "n"(kSrcOffset)
                : "memory");
 }
 
@@ -139,18 +165,17 @@ __device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&r)[4], const void* 
                : "memory");
 }
 
-// d[16 x 8] += a[16 x 16] * b[16 x 8] in FP32.
+// d[16 x 8] += a[16 x 16] * b[16 x 8] in FP32. Volatile although it is arithmetic: all lanes take part, so the compiler
+// must not sink it into a branch (where the fragments would have to stay in registers as well).
 template <class T>
 __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (cuda::std::is_same_v<T, __nv_bfloat16>) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};\n"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   } else {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};\n"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
@@ -185,6 +210,13 @@ __device__ __forceinline__ unsigned cluster_rank() {
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release;\n" ::: "memory");
+#endif
+}
+// The same without a release: for the barrier behind which nobody reads what was written before it. The release is a
+// fence of the whole GPU.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed;\n" ::: "memory");
 #endif
 }
 __device__ __forceinline__ void cluster_wait() {

@@ -6,12 +6,13 @@
 
 namespace nsa_sel {
 
-template <class T_, int kDk_, int kDv_, int kHeadTile, Loads kLoads = Loads::kCpAsync>
+template <class T_, int kDk_, int kDv_, int kHeadTile_, Loads kLoads = Loads::kCpAsync>
 struct DecodeTraits {
   using T = T_;
-  static constexpr TileShape kTile = tile_shape(kDk_, kDv_, kHeadTile, kLoads);
+  static constexpr TileShape kTile = tile_shape(kDk_, kDv_, kHeadTile_, kLoads);
   static constexpr bool kBulk = kLoads == Loads::kBulk;
-  static constexpr int kDk = kDk_, kDv = kDv_;
+  static constexpr int kDk = kDk_, kDv = kDv_, kHeadTile = kHeadTile_;
+  static constexpr SmemLayout kSmem = smem_layout(kTile, 0);  // offsets; the ring's length is the planner's choice
   static constexpr int kTokenWarps = kTile.token_warps;
   static constexpr int kUnits = kTile.units;  // units of 8 heads held by a warp
   static constexpr int kRowsK = kTile.rows_k, kRowsV = kTile.rows_v;
@@ -23,14 +24,25 @@ struct DecodeTraits {
   static constexpr int kBlocksPerSm = kTile.blocks_per_sm;
   // Q in registers where they allow it (48 of them at 192 columns and 16 heads); else a warp rereads it for every K
   // tile.
-  static constexpr bool kQInRegisters = kHeadTile == 16;
+  static constexpr bool kQInRegisters = kHeadTile_ == 16;
+  // Whether consumers hold the fragments of two steps. Elsewhere the second set would not fit beside logits and O.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  static constexpr bool kFragmentsAhead = false;
+#else
+  static constexpr bool kFragmentsAhead = kHeadTile_ == 16;
+#endif
+  // Whether consumers keep their offsets in registers: two blocks an SM have none to spare below sm_90.
+  static constexpr bool kKeepOffsets = dev::kKeepByDefault || kBlocksPerSm == 1;
   // A chain of kDk/16 dependent MMAs is about 400 clocks; two accumulator sets halve it where registers allow.
   static constexpr int kAccumulatorSets = kUnits <= 2 ? 2 : 1;
   static_assert(kDk % 64 == 0 && kDv % 64 == 0, "rows are cut into 128-byte slabs");
   static_assert(kRowsK % (16 * kTokenWarps) == 0 && kRowsV % 16 == 0, "tiles are whole MMA tiles");
   static_assert(kSegment % kRowsK == 0 && kSegment % kRowsV == 0, "a segment is whole tiles of K and of V");
-  static_assert(smem_layout(kTile, kHeadTile, 2).total <= 99 * 1024, "two slots fit the smallest SM (sm_86, sm_89)");
+  static_assert(smem_layout(kTile, 2).total <= 99 * 1024, "two slots fit the smallest SM (sm_86, sm_89)");
 };
+
+// Named barriers: of the two groups of head warps, and of all consumers.
+constexpr int kHeadWarpBarrier = 1, kConsumerBarrier = 3;
 
 // Written per segment by the mapper; loaders read both halves, consumers the second. Two 16-byte accesses.
 struct alignas(16) SegmentSource {
@@ -51,6 +63,20 @@ constexpr int kFirstSegment = 1, kLastSegment = 2;
 
 constexpr uint32_t kNoRow = 0xffffffffu;  // map entry of a token whose page id is outside the pool
 
+// A position in a ring of n slots and the phase parity of its barriers.
+struct RingCursor {
+  int slot = 0;
+  uint32_t phase = 0;
+  bool lapped = false;  // whoever fills the ring need not wait for its slots before
+  __device__ __forceinline__ void advance(int n) {
+    if (++slot == n) {
+      slot = 0;
+      phase ^= 1;
+      lapped = true;
+    }
+  }
+};
+
 // The shared memory of one block, by name.
 template <class Traits>
 struct SharedViews {
@@ -62,30 +88,39 @@ struct SharedViews {
   float* row_sum;
   uint32_t* map;
   SegmentHeader* segments;
-  uint64_t *slot_full, *slot_empty, *map_full, *map_empty, *q_full, *q_empty;
+  uint64_t *slot_full, *slot_empty;  // [num_slots]
+  uint64_t* map_full;                // [map slots][tiles of K]
+  uint64_t* map_empty;               // [map slots]
+  uint64_t *q_full, *q_empty;
 
   template <class Base>
-  __device__ __forceinline__ SharedViews(Base base, const DecodeParams& params) {
-    const SmemLayout& at = params.smem;
-    const int heads = 8 * units_of(params.h);
-    slots = dev::smem_at<unsigned char>(base, at.slots, size_t(at.num_slots) * Traits::kTile.slot_bytes, "slots");
-    q = dev::smem_at<T>(base, at.q, size_t(heads) * Traits::kDk, "q");
-    p = dev::smem_at<T>(base, at.p, size_t(heads) * Traits::kSegment, "p");
-    row_max = dev::smem_at<float>(base, at.row_max, size_t(Traits::kTokenWarps) * heads, "row_max");
-    row_sum = dev::smem_at<float>(base, at.row_sum, size_t(Traits::kTokenWarps) * heads, "row_sum");
-    map = dev::smem_at<uint32_t>(base, at.map, size_t(kMapSlots) * 2 * Traits::kSegment, "map");
-    segments = dev::smem_at<SegmentHeader>(base, at.segments, kMapSlots, "segments");
-    uint64_t* barriers = dev::smem_at<uint64_t>(base, at.barriers, num_barriers(at.num_slots), "barriers");
+  __device__ __forceinline__ SharedViews(Base base, int num_slots) {
+    constexpr SmemLayout at = Traits::kSmem;
+    constexpr int kHeads = Traits::kHeadTile;
+    uint64_t* barriers = dev::smem_at<uint64_t>(base, at.barriers, at.num_barriers, "barriers");
     slot_full = barriers;
-    slot_empty = slot_full + at.num_slots;
-    map_full = slot_empty + at.num_slots;
-    map_empty = map_full + kMapSlots;
+    slot_empty = slot_full + kMaxSlots;
+    map_full = slot_empty + kMaxSlots;
+    map_empty = map_full + kMapSlots * Traits::kTilesK;
     q_full = map_empty + kMapSlots;
     q_empty = q_full + 1;
+    segments = dev::smem_at<SegmentHeader>(base, at.segments, kMapSlots, "segments");
+    map = dev::smem_at<uint32_t>(base, at.map, size_t(kMapSlots) * 2 * Traits::kSegment, "map");
+    row_max = dev::smem_at<float>(base, at.row_max, Traits::kTokenWarps * kHeads, "row_max");
+    row_sum = dev::smem_at<float>(base, at.row_sum, Traits::kTokenWarps * kHeads, "row_sum");
+    q = dev::smem_at<T>(base, at.q, size_t(kHeads) * Traits::kDk, "q");
+    p = dev::smem_at<T>(base, at.p, size_t(kHeads) * Traits::kSegment, "p");
+    slots = dev::smem_at<unsigned char>(base, at.slots, size_t(num_slots) * Traits::kTile.slot_bytes, "slots");
   }
 
   __device__ __forceinline__ uint32_t* map_k(int slot) const { return map + slot * 2 * Traits::kSegment; }
   __device__ __forceinline__ uint32_t* map_v(int slot) const { return map_k(slot) + Traits::kSegment; }
+
+  // For readers of the map other than the loader. The arrival of the loader's copies, which they wait for as well, is
+  // not documented to release what the loader has seen of the mapper.
+  __device__ __forceinline__ void wait_for_mapped_tile(const RingCursor& segment, int tile) const {
+    dev::mbarrier_wait(map_full + segment.slot * Traits::kTilesK + tile, segment.phase);
+  }
 };
 
 // A split's partial in the shared memory of its block, over the ring, which nobody uses any more by then.
@@ -119,17 +154,9 @@ struct Constant {
   static constexpr int value = kValue;
 };
 
-// A position in a ring of n slots and the phase parity of its barriers.
-struct RingCursor {
-  int slot = 0;
-  uint32_t phase = 0;
-  __device__ __forceinline__ void advance(int n) {
-    if (++slot == n) {
-      slot = 0;
-      phase ^= 1;
-    }
-  }
-};
+__device__ __forceinline__ int divide(int x, const Divisor& by) {
+  return int(__umulhi(uint32_t(x) << 1, by.multiplier) >> by.shift);
+}
 
 // Which item is which (row, split); the plan's rule.
 struct WorkItem {
@@ -138,16 +165,18 @@ struct WorkItem {
 __device__ __forceinline__ WorkItem work_item(const DecodeParams& params, int item) {
   if (item < params.full_rows) return {item, -1};
   const int rest = item - params.full_rows;
-  return {params.full_rows + rest / params.num_splits, rest % params.num_splits};
+  const int row = divide(rest, params.by_splits);
+  return {params.full_rows + row, rest - row * params.num_splits};
 }
 
 // Row r = (b * G + g) * S + s: the queries of one request and group are neighbours, so shared spans meet in L2.
 struct RowIndex {
   int b, s, g;
 };
-__device__ __forceinline__ RowIndex row_index(int row, int S, int G) {
-  const int bg = row / S;
-  return {bg / G, row - bg * S, bg % G};
+template <class Params>
+__device__ __forceinline__ RowIndex row_index(const Params& p, int row) {
+  const int bg = divide(row, p.by_S), b = divide(bg, p.by_G);
+  return {b, row - bg * p.S, bg - b * p.G};
 }
 
 }  // namespace nsa_sel

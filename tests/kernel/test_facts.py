@@ -41,9 +41,9 @@ def tile(key: Key) -> dict[str, int]:
 
 
 def generic_stores(shape: dict[str, int]) -> int:
-    """Count the stores of `write_partial`: O, (max, sum) of every head, and the pair of an empty split."""
+    """Count the stores of `write_partial`: O, (max, sum) of every head, and an empty split's pair and zeros."""
     column_tiles = shape["Dv"] // (16 * shape["token_warps"])
-    return 4 * shape["units"] * column_tiles + 2 * shape["units"] + 1
+    return 4 * shape["units"] * column_tiles + 2 * shape["units"] + 2
 
 
 # ---- The binary -----------------------------------------------------------------------------------------------------
@@ -115,12 +115,18 @@ def test_enough_bytes_are_in_flight(shape: str, gpu: Gpu, B: int) -> None:
     assert planned["full_rows"] > 0 if B > 1 else planned["num_splits"] > 1
 
 
-def layout(shape: dict[str, int], h: int, slots: int) -> int:
-    """Sum up a block's shared memory as the traits lay it out: ring, Q, P, max and sum, row maps, headers, barriers."""
-    heads, segment = (h + 7) // 8 * 8, shape["segment"]
-    total = slots * shape["slot_bytes"] + heads * shape["Dk"] * 2 + heads * segment * 2
-    total += 2 * shape["token_warps"] * heads * 4 + 3 * 2 * segment * 4 + 3 * 32 + (2 * slots + 2 * 3 + 2) * 8
-    return (total + 127) // 128 * 128
+def layout(shape: dict[str, int], slots: int) -> int:
+    """Sum up a block's shared memory as the traits lay it out: barriers, headers, row maps, max and sum, Q, P, ring."""
+    heads, segment = shape["head_tile"], shape["segment"]
+    barriers = 2 * 16 + 3 * (segment // shape["rows_k"] + 1) + 2
+    before_q = up(barriers * 8, 16) + 3 * 32 + 3 * 2 * segment * 4 + 2 * shape["token_warps"] * heads * 4
+    ring = up(up(before_q, 128) + heads * shape["Dk"] * 2 + heads * segment * 2, 1024)
+    return up(ring + slots * shape["slot_bytes"], 128)
+
+
+def up(size: int, step: int) -> int:
+    """Round up."""
+    return (size + step - 1) // step * step
 
 
 @with_kernels
@@ -129,7 +135,7 @@ def test_shared_memory_is_what_the_layout_adds_up_to_and_fits(gpu: Gpu) -> None:
     for key in sorted(instances(str(gpu.capability)), key=str):
         for h in (key.head_tile, key.head_tile // 2 + 1):
             planned = facts.plan(key, gpu, B=4096, h=h)
-            assert planned["smem_bytes"] == layout(tile(key), h, planned["num_slots"])
+            assert planned["smem_bytes"] == layout(tile(key), planned["num_slots"])
             assert planned["smem_bytes"] <= gpu.smem_per_block
             assert (planned["smem_bytes"] + 1024) * planned["blocks_per_sm"] <= gpu.smem_per_sm
             assert planned["blocks_per_sm"] <= tile(key)["blocks_per_sm"]

@@ -14,7 +14,7 @@ from tests.machine_code.native import Model, Program, Stage
 
 # Functions whose clocks make up a stage; an instruction counts for the outermost function below a role's loop.
 STAGES: dict[str, Sequence[str]] = {
-    "map": ("mapper.fill_map",),
+    "map": ("mapper.map_segment",),
     "load_tile": ("loader.copy_by_threads", "loader.copy_by_engine"),
     "key_tile": ("consumer.compute_logits",),
     "value_tile": ("consumer.accumulate_values",),

@@ -87,6 +87,18 @@ inline int __all_sync(unsigned mask, int predicate, ::nsa_sel::emu::Site site = 
   return ::nsa_sel::emu::ballot(mask, predicate == 0, site) == 0;
 }
 
+inline unsigned __reduce_add_sync(unsigned mask, unsigned value,
+                                  ::nsa_sel::emu::Site site = ::nsa_sel::emu::Site::here()) {
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(mask, value, step, 32, site);
+  return value;
+}
+
+inline unsigned __reduce_or_sync(unsigned mask, unsigned value,
+                                 ::nsa_sel::emu::Site site = ::nsa_sel::emu::Site::here()) {
+  for (int step = 16; step > 0; step /= 2) value |= __shfl_xor_sync(mask, value, step, 32, site);
+  return value;
+}
+
 inline unsigned atomicAdd(unsigned* p, unsigned v, ::nsa_sel::emu::Site site = ::nsa_sel::emu::Site::here()) {
   return unsigned(::nsa_sel::emu::atomic(::nsa_sel::emu::Atomic::kAdd32, p, v, 0, site));
 }
@@ -171,6 +183,12 @@ inline T* smem_at(const unsigned char* base, size_t byte_offset, size_t count, c
   return static_cast<T*>(emu::carve_shared(offset, count * sizeof(T), label, site));
 }
 
+constexpr bool kKeepByDefault = true;
+template <bool kKept = kKeepByDefault, class T>
+inline T keep(T x) {
+  return x;
+}
+
 template <class T>
 inline T load(const T* p, Site site = Site::here()) {
   static_assert(std::is_trivially_copyable_v<T>, "a load copies bits");
@@ -189,6 +207,11 @@ inline void store(T* p, const T& value, Site site = Site::here()) {
 
 inline void cp_async_16(void* dst, const void* src, bool valid, Site site = Site::here()) {
   emu::cp_async_16(dst, src, valid, site);
+}
+template <int kDstOffset, int kSrcOffset>
+inline void cp_async_16_at(void* dst, const void* src, bool valid, Site site = Site::here()) {
+  emu::cp_async_16(static_cast<unsigned char*>(dst) + kDstOffset, static_cast<const unsigned char*>(src) + kSrcOffset,
+                   valid, site);
 }
 inline void cp_async_arrive(uint64_t* barrier, Site site = Site::here()) { emu::cp_async_arrive(barrier, site); }
 inline void cp_async_wait_all(Site site = Site::here()) { emu::cp_async_wait_all(site); }
@@ -232,6 +255,7 @@ inline float exp2_approx(float x) {
 inline unsigned cluster_rank() { return emu::cluster_rank(); }
 inline unsigned cluster_size() { return emu::cluster_size(); }
 inline void cluster_arrive(Site site = Site::here()) { emu::cluster_arrive(site); }
+inline void cluster_arrive_relaxed(Site site = Site::here()) { emu::cluster_arrive(site); }
 inline void cluster_wait(Site site = Site::here()) { emu::cluster_wait(site); }
 template <class T>
 inline T* cluster_map(T* p, unsigned rank, Site site = Site::here()) {

@@ -11,6 +11,13 @@ int target_pc(Decoder& x) { return int(x.number() / 16); }
 // .DIV jumps where lanes of the mask are missing, .CONV where none is; .U.ANY where the predicate holds for some lane.
 const Opcode bra({"BRA"}, {"DIV", "CONV", "U", "ANY"}, [](Decoder& x) -> Execute {
   if (!x.has("DIV") && !x.has("CONV")) {
+    if (x.next_is_predicate()) {  // a second condition beside the guard
+      const PredicateSource p = x.predicate();
+      const int to = target_pc(x);
+      return [=](Warp& w, Mask m) {
+        if (const Mask taken = p(w) & m; taken != 0) w.jump(to, taken);
+      };
+    }
     const int to = target_pc(x);
     if (x.has("U")) return [to](Warp& w, Mask) { w.jump(to, w.mask); };  // some lane's predicate takes all along
     return [to](Warp& w, Mask m) { w.jump(to, m); };

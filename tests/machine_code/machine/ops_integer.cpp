@@ -81,7 +81,7 @@ const Opcode imad({"IMAD"}, {"MOV", "U32", "IADD", "SHL", "X", "HI", "WIDE"}, []
 });
 
 Execute minmax(Decoder& x) {
-  const bool is_unsigned = x.has("U32"), sum = x.instruction().name == "VIADDMNMX";
+  const bool is_unsigned = x.has("U32"), relu = x.has("RELU"), sum = x.instruction().name == "VIADDMNMX";
   const Target d = x.target();
   const Source a = x.source(), b = x.source(), c = sum ? x.source() : b;
   const PredicateSource least = x.predicate();
@@ -95,11 +95,12 @@ Execute minmax(Decoder& x) {
     for (int i = 0; i < 32; ++i) {
       const bool less = is_unsigned ? p[i] < q[i] : signed32(p[i]) < signed32(q[i]);
       r[i] = less == bool(min >> i & 1) ? p[i] : q[i];
+      if (relu && signed32(r[i]) < 0) r[i] = 0;
     }
     d.put(w, r, m);
   };
 }
-const Opcode vimnmx({"VIMNMX", "VIADDMNMX", "IMNMX"}, {"U32"}, minmax);
+const Opcode vimnmx({"VIMNMX", "VIADDMNMX", "IMNMX"}, {"U32", "RELU"}, minmax);
 
 const Opcode iabs({"IABS"}, {}, [](Decoder& x) -> Execute {
   const Target d = x.target();

@@ -57,6 +57,23 @@ Execute vote(Decoder& x) {
 }
 const Opcode votes({"VOTE", "VOTEU"}, {"ANY", "ALL"}, vote);
 
+// One value of all active lanes, in a uniform register.
+const Opcode redux({"REDUX"}, {"OR", "SUM"}, [](Decoder& x) -> Execute {
+  const Target d = x.target();
+  const Source a = x.source();
+  const bool sum = x.has("SUM");
+  return [=](Warp& w, Mask m) {
+    const Lanes values = a(w);
+    uint32_t total = 0;
+    for (int i = 0; i < 32; ++i) {
+      if (m >> i & 1) total = sum ? total + values[i] : total | values[i];
+    }
+    Lanes r;
+    for (int i = 0; i < 32; ++i) r[i] = total;
+    d.put(w, r, m);
+  };
+});
+
 // One of the active lanes is chosen: the lowest.
 const Opcode elect({"ELECT"}, {}, [](Decoder& x) -> Execute {
   const PredicateTarget p = x.predicate_target();
