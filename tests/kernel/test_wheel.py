@@ -9,6 +9,7 @@ import subprocess
 import sys
 import zipfile
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -95,13 +96,24 @@ def test_module_links_neither_torch_nor_cuda_and_exports_its_entry_alone() -> No
     assert [line.split()[-1] for line in symbols if line] == ["PyInit__core"]
 
 
-def configure(build: Path, *options: str, source: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+def obeying_modes() -> list[str]:
+    """Return what a command begins with so that it may write only where files' modes let it, root or not."""
+    if os.geteuid() != 0:
+        return []
+    if shutil.which("setpriv") is None:
+        pytest.skip("no setpriv: root writes where it likes")
+    return ["setpriv", "--bounding-set", "-dac_override"]
+
+
+def configure(
+    build: Path, *options: str, source: Path = ROOT, prefix: Sequence[str] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Run CMake's configure step alone, as the package's build would."""
     import pybind11
 
     command = [
-        "cmake", "-S", source, "-B", build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release", "-DSKBUILD_PROJECT_VERSION=0",
-        "-DSKBUILD_PROJECT_VERSION_FULL=0", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        *prefix, "cmake", "-S", source, "-B", build, "-G", "Ninja", "-DCMAKE_BUILD_TYPE=Release",
+        "-DSKBUILD_PROJECT_VERSION=0", "-DSKBUILD_PROJECT_VERSION_FULL=0", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         f"-DPython_EXECUTABLE={sys.executable}", *options,
     ]  # fmt: skip
     path = os.pathsep.join([environment.pop("PATH_FIRST", ""), str(Path(sys.executable).parent), os.environ["PATH"]])
@@ -215,9 +227,9 @@ def planted_sources(folder: Path, kernel: str) -> Path:
     return folder
 
 
-def build_images(build: Path) -> subprocess.CompletedProcess[str]:
+def build_images(build: Path, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     """Build the packed machine code alone."""
-    command = ["cmake", "--build", str(build), "--target", "nsa_sel_images"]
+    command = [*prefix, "cmake", "--build", str(build), "--target", "nsa_sel_images"]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -242,17 +254,21 @@ def test_only_what_changed_is_compiled_again_in_folders_of_any_name_and_a_source
     instances = source / "cuda" / "instances"
     (instances / "own.cuh").write_text("constexpr float kValue = 1.0f;\n")
     (instances / "other.cu").write_text('extern "C" __global__ void other(float* p) { p[0] = 2.0f; }\n')
-    for folder in (source, instances):
-        folder.chmod(0o555)
+    for path in [source, *source.rglob("*")]:
+        path.chmod(0o555)
+    prefix = obeying_modes()
+    refused = subprocess.run([*prefix, "touch", str(source / "x")], capture_output=True, text=True, check=False)
+    assert "Permission denied" in refused.stderr, "the source tree can be written to"
     build = tmp_path / "a 'build' folder"
-    result = configure(build, "-DNSA_SEL_ARCHITECTURES=80", source=source)
+    result = configure(build, "-DNSA_SEL_ARCHITECTURES=80", source=source, prefix=prefix)
     assert result.returncode == 0, result.stderr
-    result = build_images(build)
+    result = build_images(build, prefix)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Compiling planted.cu" in result.stdout
-    assert "no work to do" in build_images(build).stdout
+    assert "no work to do" in build_images(build, prefix).stdout
+    (instances / "own.cuh").chmod(0o644)
     (instances / "own.cuh").write_text("constexpr float kValue = 3.0f;\n")
-    result = build_images(build)
+    result = build_images(build, prefix)
     assert "Compiling planted.cu" in result.stdout
     assert "Compiling other.cu" not in result.stdout
     assert "planted" in (build / "kernels" / "images.cpp").read_text()
