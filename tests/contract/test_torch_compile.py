@@ -54,6 +54,7 @@ def test_without_lse_and_with_work_around_the_call() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # of torch's own, while it imports its compiler
+@pytest.mark.filterwarnings("ignore:Skipping serialization of:UserWarning")  # of torch 2.6's own, of its settings
 def test_the_default_compiler() -> None:
     arguments = case("h4").inputs().arguments()
 
@@ -139,9 +140,12 @@ def test_forward_mode_raises_instead_of_returning_zeros() -> None:
                 call(**inputs.arguments(**dense | {name: forward_ad.make_dual(tensor, tensor)}))
             torch._dynamo.reset()
 
+    rest = inputs.arguments(**dense)
+    del rest["q"]
+
     def derivative(q: torch.Tensor) -> torch.Tensor:
         def attend(q: torch.Tensor) -> torch.Tensor:
-            return nsa_sel.selection_attention(**inputs.arguments(**dense | {"q": q}))  # type: ignore[return-value]
+            return nsa_sel.selection_attention(q, **rest)  # type: ignore[return-value]
 
         return torch.func.jvp(attend, (q,), (q,))[1]
 
@@ -154,9 +158,10 @@ def test_a_second_derivative_is_not_dropped() -> None:
     """The loss is linear in out: nothing that comes in from above would tell autograd of a second derivative."""
     inputs = case("dims-64x64-fp64").inputs()
     leaves = [getattr(inputs, name).nan_to_num(0.0).requires_grad_() for name in ("q", "k", "v")]
+    rest = {name: value for name, value in inputs.arguments().items() if name not in ("q", "k", "v")}
 
     def eager(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return nsa_sel.selection_attention(**inputs.arguments(q=q, k=k, v=v))  # type: ignore[return-value]
+        return nsa_sel.selection_attention(q, k, v, **rest)  # type: ignore[return-value]
 
     def operator(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return torch.ops.nsa_sel.selection_attention.default(*operands(inputs, q=q, k=k, v=v), "auto", True)[0]
