@@ -98,8 +98,13 @@ State& state() {
   static State* made = new State;
   return *made;
 }
-thread_local std::shared_ptr<Entry> offered;
-thread_local std::shared_ptr<Entry> confirmed;
+
+// What a call on the long way hands to the `attend` that waits for it, on its stack: an object left in a thread would
+// be destroyed without the interpreter.
+struct Offer {
+  std::shared_ptr<Entry> made, confirmed;
+};
+thread_local Offer* awaited = nullptr;  // null where a call came in elsewhere, as one operator
 
 bool plain_zero(PyObject* function) {
   PyObject* result = PyObject_CallNoArgs(function);
@@ -258,15 +263,15 @@ PyObject* attend(PyObject*, PyObject* const* args, Py_ssize_t nargs) {
       }
     }
   }
-  offered.reset(), confirmed.reset();
+  Offer offer;
+  Offer* const outer = std::exchange(awaited, known ? &offer : nullptr);
   const uint64_t epoch = s.epoch;
   PyObject* result = PyObject_Vectorcall(s.slow, args, size_t(nargs), nullptr);
-  std::shared_ptr<Entry> entry = std::move(confirmed);
-  offered.reset(), confirmed.reset();
-  if (result != nullptr && known && entry && epoch == s.epoch) {
+  awaited = outer;
+  if (result != nullptr && offer.confirmed && epoch == s.epoch) {
     if (s.entries.size() >= kMostEntries) s.entries.clear();
-    entry->signature.assign(signature.words, signature.words + signature.size);
-    s.entries[hash] = std::move(entry);
+    offer.confirmed->signature.assign(signature.words, signature.words + signature.size);
+    s.entries[hash] = std::move(offer.confirmed);
   }
   return result;
 }
@@ -324,6 +329,7 @@ void bind_call_cache(py::module_& m) {
   m.def(
       "offer_launch",
       [](const DecodeLaunch& launch, int device_index, py::tuple out_shape, bool like_q, py::object float32) {
+        if (awaited == nullptr) return;
         auto entry = std::make_shared<Entry>();
         entry->launch = launch;
         entry->device_index = device_index, entry->like_q = like_q;
@@ -331,7 +337,7 @@ void bind_call_cache(py::module_& m) {
         if (entry->return_lse) entry->lse_shape = out_shape[py::slice(0, ptrdiff_t(out_shape.size()) - 1, 1)];
         if (launch.needs_combine()) entry->workspace_shape = py::make_tuple(launch.plan.workspace_floats);
         entry->out_shape = std::move(out_shape), entry->float32 = std::move(float32);
-        offered = std::move(entry);
+        awaited->made = std::move(entry);
       },
       "Offers the launch of the call that now runs in this thread, for calls like it: `like_q` where out is laid out "
       "as "
@@ -339,9 +345,9 @@ void bind_call_cache(py::module_& m) {
   m.def(
       "confirm_launch",
       [](const std::string& backend, const std::string& reason) {
-        if (!offered) return;
-        offered->count = &state().counts[{backend, reason}];
-        confirmed = std::move(offered);
+        if (awaited == nullptr || !awaited->made) return;
+        awaited->made->count = &state().counts[{backend, reason}];
+        awaited->confirmed = std::move(awaited->made);
       },
       "Takes the offer, once the call has run; calls like it count under this backend and reason.");
   m.def("forget_launches", [] { ++state().epoch, state().entries.clear(); }, "Empties the cache.");

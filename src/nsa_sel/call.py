@@ -78,10 +78,26 @@ class Call:
         """Whether k and v are pools of pages."""
         return self.block_table is not None
 
-    @property
-    def problem(self) -> Call:
-        """The call itself, for backends that still tell the two apart."""
-        return self
+    def arguments(self) -> dict[str, object]:
+        """Return the arguments of `check` that give this call again, but for out."""
+        return {
+            "q": self.q, "k": self.k, "v": self.v, "ranges": self.ranges, "block_indices": self.block_indices,
+            "block_size": self.block_size or None, "counts": self.counts, "seq_lens": self.seq_lens,
+            "block_table": self.block_table, "table_rows": self.table_rows, "causal": self.causal,
+            "max_selected": self.max_selected, "softmax_scale": self.scale, "return_lse": self.return_lse,
+            "batch_invariant": self.batch_invariant,
+        }  # fmt: skip
+
+    def unreadable(self) -> str | None:
+        """Say which tensor's memory does not hold its values, so that no kernel can read it; None where all do."""
+        for tensor in (
+            self.q, self.k, self.v, self.ranges, self.block_indices, self.counts, self.seq_lens, self.block_table,
+            self.table_rows, self.out,
+        ):  # fmt: skip
+            if tensor is not None and (tensor.is_neg() or (not tensor.data_ptr() and tensor.numel())):
+                name = next(name for name in self.__slots__ if getattr(self, name) is tensor)
+                return f"{name}: its memory holds its negative (resolve_neg()), or nothing"
+        return None
 
     def misaligned(self) -> str | None:
         """Say which base or stride of q, k, v is no multiple of 16 bytes; None where all are."""

@@ -198,6 +198,8 @@ def _mismatch(name: str, tensor: torch.Tensor, dtypes: Sequence[torch.dtype], sh
 
 
 def _integer(name: str, value: object, least: int, note: str) -> int:
+    if type(value) is int and value >= least:  # an ABC takes its time
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         got = "None" if value is None else f"{type(value).__name__} {value!r}"
         raise ArgumentTypeError(f"{name}: expected an int >= {least} {note}, got {got}")

@@ -6,6 +6,7 @@ nothing is logged during one.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import time
 from collections.abc import Callable
@@ -21,6 +22,8 @@ logger = logging.getLogger("nsa_sel")
 
 SAMPLED_ROWS = 8
 MAX_MAE = 1e-3  # above it, and for NaN, the comparison is logged as a warning
+
+_ORACLES = inspect.signature(selection_attention_reference).parameters
 
 Result = tuple[torch.Tensor, "torch.Tensor | None"]
 
@@ -50,21 +53,8 @@ def _compare(call: Call, result: Result, decision: Decision) -> None:
     if not rows:
         return
     out, lse = result
-    expected, expected_lse = selection_attention_reference(
-        call.q,
-        call.k,
-        call.v,
-        call.ranges,
-        block_indices=call.block_indices,
-        block_size=call.block_size or None,
-        counts=call.counts,
-        seq_lens=call.seq_lens,
-        block_table=call.block_table,
-        table_rows=call.table_rows,
-        causal=call.causal,
-        softmax_scale=call.scale,
-        rows=rows,
-    )
+    given = {name: value for name, value in call.arguments().items() if name in _ORACLES}
+    expected, expected_lse = selection_attention_reference(**given, rows=rows)  # type: ignore[arg-type]
     index = torch.tensor(rows, device=out.device).unbind(dim=1)
     error = (out.detach()[index].to("cpu", torch.float64) - expected).abs()
     mae, largest = float(error.mean()), float(error.max())

@@ -155,15 +155,6 @@ def _differentiate(ctx: Any, d_out: torch.Tensor | None, d_lse: torch.Tensor | N
     return _gradients(ctx, d_out, d_lse, torch.ops.nsa_sel.selection_attention_backward.default)
 
 
-def batched_backward(
-    call: Call, out: torch.Tensor, d_out: torch.Tensor | None, d_lse: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of an eager call for a batch of d_out: those of `autograd.grad(is_grads_batched=True)`."""
-    values = [getattr(call, "scale" if name == "softmax_scale" else name) for name in _PARAMETERS]
-    values[_NAMES.index("block_size")] = call.block_size or None
-    return torch.ops.nsa_sel.selection_attention_backward.default(out, d_out, d_lse, *values, "auto", True)
-
-
 class _Transformed(torch.autograd.Function):
     """The operator under torch.func, whose transforms do not know what `register_autograd` has registered."""
 

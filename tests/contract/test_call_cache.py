@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +19,7 @@ import nsa_sel
 from benchmarks.call_cost import HAS_EXCHANGE, arguments, pretended
 from nsa_sel import _core, execute
 
+ROOT = Path(__file__).resolve().parents[2]
 LAUNCHER = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
 
 
@@ -267,3 +271,38 @@ def test_threads_get_their_own_results(watch: Watch) -> None:
         thread.join()
     assert not wrong
     assert sum(nsa_sel.stats()["cuda"].values()) == 800
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "out"])
+def test_a_tensor_whose_memory_holds_its_negative_goes_to_pytorch(name: str, watch: Watch) -> None:
+    base = call(out=torch.empty(8, 1, 4, 16, 128, dtype=torch.bfloat16))
+    nsa_sel.selection_attention(**base)
+    assert watch.served(**base)
+    negated = base | {name: torch._neg_view(base[name])}
+    decision = nsa_sel.explain(**negated)
+    assert (decision.backend, decision.reason.partition(":")[0]) == ("sdpa", name)
+    assert not watch.served(**negated)
+    assert not watch.served(**negated)
+    assert nsa_sel.stats() == {"cuda": {"not measured here": 2}, "sdpa": {decision.reason: 2}}
+    with pytest.raises(nsa_sel.BackendError, match=f"{name}: its memory holds its negative"):
+        nsa_sel.selection_attention(**negated, backend="cuda")
+
+
+def test_memory_that_was_freed_is_never_read(watch: Watch) -> None:
+    base = call()
+    nsa_sel.selection_attention(**base)
+    base["k"].untyped_storage().resize_(0)  # as FSDP does between steps
+    assert nsa_sel.explain(**base).backend == "sdpa"
+    assert not watch.served(**base)
+
+
+def test_a_process_ends_in_order_after_a_call_that_nobody_waited_for() -> None:
+    script = (
+        "from benchmarks.call_cost import arguments, pretended\n"
+        "from nsa_sel import _core, check, execute\n"
+        "with pretended():\n"
+        "    execute.run(check.check(**arguments(4096)))\n"
+        "    print(_core.num_launches())\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (ended.returncode, ended.stdout) == (0, "0\n"), ended.stderr

@@ -23,9 +23,8 @@ class Gradients:
     @classmethod
     def zeros(cls, call: Call, wide: torch.dtype) -> Gradients:
         """Return gradients of a call in which no row selects anything."""
-        problem = call.problem
         return cls(
-            call.q.new_zeros((problem.rows, problem.h, problem.Dk), dtype=wide),
+            call.q.new_zeros((call.rows, call.h, call.Dk), dtype=wide),
             torch.zeros(call.k.shape, dtype=wide, device=call.k.device),
             torch.zeros(call.v.shape, dtype=wide, device=call.v.device),
         )
@@ -44,7 +43,7 @@ def accumulate(
 ) -> None:
     """Add what the rows [r] of one chunk contribute; out and d_out [R, h, Dv], d_lse [R, h] or None."""
     wide = into.q.dtype
-    queries = call.q.reshape(call.problem.rows, call.problem.h, -1).index_select(0, rows).to(wide)
+    queries = call.q.reshape(call.rows, call.h, -1).index_select(0, rows).to(wide)
     d_rows = d_out.index_select(0, rows).to(wide)
     # d logits = p * (d p - pull): the softmax's own term, less what comes in through lse, whose gradient is p
     pull = (d_rows * out.index_select(0, rows).to(wide)).sum(-1)

@@ -48,10 +48,9 @@ def attend(
         out [r, h, Dv] and lse [r, h] in fp32 or fp64, or out in v's dtype. A row is to be trusted where all of it is
         finite, and nowhere else: the fused attention turns an infinite logit of half inputs into 0.
     """
-    problem = call.problem
-    token_bytes = 2 * max(problem.Dk, problem.Dv) * call.k.element_size()
+    token_bytes = 2 * max(call.Dk, call.Dv) * call.k.element_size()
     longest = max(_UNIT, cache_bytes() // token_bytes)  # tokens of a part
-    if problem.batch_invariant:  # one step of one shape that follows from the chunk's, whatever the rows hold
+    if call.batch_invariant:  # one step of one shape that follows from the chunk's, whatever the rows hold
         return _attend_alike(call, selection, rows, lengths, chunk.tokens, -(-chunk.tokens // longest), True, count)
     results = []
     begin = 0
@@ -80,23 +79,22 @@ def _attend_alike(
     count: Counters,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend rows [r] of up to `tokens` tokens, each in the same number of parts that are merged in the end."""
-    problem = call.problem
     places = _locate(call, selection, rows, tokens, parts, masked)
-    width = max(problem.Dk, problem.Dv)  # the fused attention wants Dk = Dv: columns of zeros change nothing
-    queries = call.q.reshape(problem.rows, 1, problem.h, problem.Dk)
-    if rows.size != problem.rows or (rows[1:] <= rows[:-1]).any():  # not all of them, one after another
+    width = max(call.Dk, call.Dv)  # the fused attention wants Dk = Dv: columns of zeros change nothing
+    queries = call.q.reshape(call.rows, 1, call.h, call.Dk)
+    if rows.size != call.rows or (rows[1:] <= rows[:-1]).any():  # not all of them, one after another
         queries = queries[torch.from_numpy(rows)]
-    if width > problem.Dk:
-        queries = torch.nn.functional.pad(queries, (0, width - problem.Dk))
+    if width > call.Dk:
+        queries = torch.nn.functional.pad(queries, (0, width - call.Dk))
     if parts > 1:
         queries = queries.repeat_interleave(parts, 0)
     step = queries.shape[0]
-    if not problem.batch_invariant:
+    if not call.batch_invariant:
         part_bytes = places.tokens * 2 * width * call.k.element_size()
         step = min(step, torch.get_num_threads() * max(1, cache_bytes() // part_bytes))
-    keys, values = _buffers(call.k.dtype, step * places.tokens, problem.Dk, problem.Dv)
+    keys, values = _buffers(call.k.dtype, step * places.tokens, call.Dk, call.Dv)
     # the fused attention takes exponentials of half inputs to 5e-5, which lse shows where few tokens are summed
-    shortest = tokens if problem.batch_invariant else int(lengths[-1])
+    shortest = tokens if call.batch_invariant else int(lengths[-1])
     coarse = call.return_lse and call.q.element_size() == 2 and shortest <= _FEW
     outs, lses = [], []
     k = v = keys
@@ -116,7 +114,7 @@ def _attend_alike(
         lses.append(lse)
     count.chunks += len(outs)
     slots = queries.shape[0] * places.tokens
-    count.gathered_bytes += slots * (problem.Dk + problem.Dv) * call.k.element_size()
+    count.gathered_bytes += slots * (call.Dk + call.Dv) * call.k.element_size()
     out = outs[0] if len(outs) == 1 else torch.cat(outs)
     lse = lses[0] if len(lses) == 1 else torch.cat(lses)
     if places.bias is not None and selection.bad_page is not None:
@@ -124,8 +122,8 @@ def _attend_alike(
         nothing = (places.bias == -math.inf).all(3)
         out.masked_fill_(nothing.unsqueeze(-1), 0)
         lse.masked_fill_(nothing, -math.inf)
-    out = out.view(rows.size, parts, problem.h, width)[..., : problem.Dv]
-    lse = lse.view(rows.size, parts, problem.h)
+    out = out.view(rows.size, parts, call.h, width)[..., : call.Dv]
+    lse = lse.view(rows.size, parts, call.h)
     if parts == 1:
         return out[:, 0], lse[:, 0]
     total = torch.logsumexp(lse, 1)
@@ -184,11 +182,10 @@ def _locate(call: Call, selection: Selection, rows: np.ndarray, tokens: int, par
 
     A slot without a selected token points at the row's last one: its probability is 0, and 0 * NaN of any other is NaN.
     """
-    problem = call.problem
     start, span = selection.start.numpy()[rows], selection.span.numpy()[rows]  # [r, n]
-    unit = _unit(start, span, problem.page_size)
+    unit = _unit(start, span, call.page_size)
     # slots of a part: a multiple of what is copied as one, which the company of a row may make smaller
-    multiple = _UNIT if problem.batch_invariant else unit
+    multiple = _UNIT if call.batch_invariant else unit
     slots = -(-tokens // (parts * multiple)) * multiple
     units = parts * slots // unit  # of a row
     masked = masked or parts * slots != tokens
@@ -205,22 +202,22 @@ def _locate(call: Call, selection: Selection, rows: np.ndarray, tokens: int, par
     if masked:
         valid = np.arange(units) < used
         piece = np.where(valid, piece, np.take_along_axis(piece, used - 1, 1))
-    first = (rows // (problem.S * problem.G))[:, None]
+    first = (rows // (call.S * call.G))[:, None]
     if call.block_table is not None:
-        page, piece = np.divmod(piece, problem.page_size // unit)
+        page, piece = np.divmod(piece, call.page_size // unit)
         if call.table_rows is not None:
             first = call.table_rows.numpy().clip(0, call.num_tables - 1)[first]
         first = call.block_table.numpy()[first, page].astype(np.int64)
         if valid is not None:
-            there = (first >= 0) & (first < problem.num_pages)
+            there = (first >= 0) & (first < call.num_pages)
             valid &= there
             first[~there] = 0
-    group = (rows % problem.G)[:, None]
-    keys, key_index = _table(call.k, first, group, piece, unit, problem.Dk >= problem.Dv)
+    group = (rows % call.G)[:, None]
+    keys, key_index = _table(call.k, first, group, piece, unit, call.Dk >= call.Dv)
     if call.v.shape == call.k.shape and call.v.stride() == call.k.stride():
         values, value_index = call.v.as_strided(keys.shape, keys.stride()), key_index
     else:
-        values, value_index = _table(call.v, first, group, piece, unit, problem.Dv >= problem.Dk)
+        values, value_index = _table(call.v, first, group, piece, unit, call.Dv >= call.Dk)
     bias = None
     if valid is not None:
         valid = valid.repeat(unit, 1).reshape(rows.size * parts, 1, 1, -1)

@@ -32,8 +32,7 @@ class Selection:
 
 def resolve(call: Call) -> Selection:
     """Clamp the spans of every row to `[0, kv_len)`, in 64 bits, without looking at a value."""
-    problem = call.problem
-    S, S_kv, rows = problem.S, problem.S_kv, problem.rows
+    S, S_kv, rows = call.S, call.S_kv, call.rows
     device = call.q.device
     seq = None  # [B, 1] tokens of each request; None: S_kv of all
     if call.seq_lens is not None:
@@ -65,8 +64,8 @@ def resolve(call: Call) -> Selection:
         start = start.clamp_min(0).clamp_max(limit)
         span = end - start
     if call.counts is not None:
-        span = span.masked_fill(torch.arange(problem.n, device=device) >= call.counts.unsqueeze(-1), 0)
-    start, span = start.reshape(rows, problem.n), span.reshape(rows, problem.n)
+        span = span.masked_fill(torch.arange(call.n, device=device) >= call.counts.unsqueeze(-1), 0)
+    start, span = start.reshape(rows, call.n), span.reshape(rows, call.n)
     return Selection(start, span, span.sum(1), _bad_page(call, seq))
 
 
@@ -104,29 +103,28 @@ def locate(call: Call, selection: Selection, rows: torch.Tensor, begin: int, end
 
     Without `masked` the caller knows that every slot holds a selected token.
     """
-    problem = call.problem
     position = torch.arange(begin, end, device=rows.device).expand(rows.shape[0], -1).contiguous()
     # position p of a row lies in the first span whose running end is beyond p
     start, span = selection.start[rows], selection.span[rows]
     ends = span.cumsum(1)
-    slot = torch.searchsorted(ends, position, right=True).clamp_max_(problem.n - 1)
+    slot = torch.searchsorted(ends, position, right=True).clamp_max_(call.n - 1)
     token = (start - (ends - span)).gather(1, slot).add_(position)
     valid = None
     if masked:
         valid = position < selection.length[rows].unsqueeze(1)
         token.masked_fill_(~valid, 0)
-    group = (rows % problem.G).unsqueeze(1)
-    request = torch.div(rows, problem.S * problem.G, rounding_mode="floor").unsqueeze(1)
+    group = (rows % call.G).unsqueeze(1)
+    request = torch.div(rows, call.S * call.G, rounding_mode="floor").unsqueeze(1)
     if call.block_table is None:
         return Index(request, group, token, valid)
 
-    page = torch.div(token, problem.page_size, rounding_mode="floor")
+    page = torch.div(token, call.page_size, rounding_mode="floor")
     table_row = request if call.table_rows is None else _table_row(call)[request]
     physical = call.block_table[table_row, page].to(torch.int64)
     if valid is not None:
-        valid = valid & (physical >= 0) & (physical < problem.num_pages)
+        valid = valid & (physical >= 0) & (physical < call.num_pages)
         physical = physical.masked_fill_(~valid, 0)
-    return Index(physical, group, token.sub_(page, alpha=problem.page_size), valid)
+    return Index(physical, group, token.sub_(page, alpha=call.page_size), valid)
 
 
 def gather(tensor: torch.Tensor, index: Index, count: Counters, width: int = 0) -> torch.Tensor:

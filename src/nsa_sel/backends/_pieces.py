@@ -48,16 +48,15 @@ def _attend(
     out always comes from SDPA, so that asking for lse does not change it. SDPA keeps softmax statistics and sums of
     half inputs in fp32 and gives no lse, which is computed from fp32 logits beside it. Parts of a split row stay fp32.
     """
-    problem = call.problem
     count.chunks += 1
     index = _gather.locate(call, selection, rows, begin, end, masked)
     # PyTorch's fused attention on the CPU wants Dk = Dv; without it everything is copied to fp32, which is 3x slower.
     # Columns of zeros change neither the logits nor the other columns of out.
-    width = max(problem.Dk, problem.Dv) if problem.device_type == "cpu" else 0
+    width = max(call.Dk, call.Dv) if call.device_type == "cpu" else 0
     keys = _gather.gather(call.k, index, count, width)
     values = _gather.gather(call.v, index, count, width)
-    queries = call.q.reshape(problem.rows, problem.h, problem.Dk).index_select(0, rows)
-    queries = torch.nn.functional.pad(queries, (0, keys.shape[-1] - problem.Dk))
+    queries = call.q.reshape(call.rows, call.h, call.Dk).index_select(0, rows)
+    queries = torch.nn.functional.pad(queries, (0, keys.shape[-1] - call.Dk))
     wide = accumulator(queries.dtype)
     if split:
         queries, keys, values = queries.to(wide), keys.to(wide), values.to(wide)
@@ -69,10 +68,10 @@ def _attend(
         values.unsqueeze(1),
         attn_mask=None if mask is None else mask[:, None, None, :],
         scale=call.scale,
-    ).squeeze(1)[..., : problem.Dv]
+    ).squeeze(1)[..., : call.Dv]
     lse = None
     # PyTorch's fused attention on the CPU gives 0 for half inputs where a logit is infinite, and softmax gives NaN
-    doubtful = problem.device_type == "cpu" and queries.element_size() == 2
+    doubtful = call.device_type == "cpu" and queries.element_size() == 2
     if call.return_lse or split or doubtful:
         logits = torch.matmul(queries.to(wide), keys.to(wide).transpose(1, 2)) * call.scale
         if mask is not None:

@@ -78,7 +78,7 @@ def kernel_limits(call: Call) -> str | None:
     for name in ("S_kv", "n", "num_pages", "num_tables"):
         if getattr(call, name) > _request.MOST:
             return f"{name} is {getattr(call, name)}, the kernel takes up to {_request.MOST}"
-    return call.misaligned()
+    return call.misaligned() or call.unreadable()
 
 
 def kernel_name(call: Call) -> str:
@@ -128,20 +128,20 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
         KernelLaunchError: the device refused the launch and can go on (the caller may fall back).
         RuntimeError: any other CUDA error: a lost context, a broken capture, no memory.
     """
-    device, index = call.q.device, call.device_index
+    index = call.device_index
     shape = (call.B, call.S, call.G, call.h)
     with devices.current(index):
         target = call.out
         if target is None or not _row_aligned(target):
-            out = torch.empty((*shape, call.Dv), dtype=call.v.dtype, device=device)
+            out = call.q.new_empty(call.B, call.S, call.G, call.h, call.Dv)  # the quickest to parse
         else:
             out = target
-        lse = torch.empty(shape, dtype=torch.float32, device=device) if call.return_lse else None
+        lse = _float32(call.q.device).new_empty(shape) if call.return_lse else None
         if out.numel() > 0:
             launch = plan(call, out, lse, device_limits(index))
             workspace = None
             if launch.workspace_floats > 0:
-                workspace = torch.empty(launch.workspace_floats, dtype=torch.float32, device=device)
+                workspace = _float32(call.q.device).new_empty(launch.workspace_floats)
             code = launch.run(0 if workspace is None else workspace.data_ptr(), index, devices.stream(index))
             if code != 0:
                 message = f"decode kernel on {devices.info(index).name}: {core.error_string(code)}"

@@ -46,7 +46,7 @@ def run(call: Call, memory_budget: int = MEMORY_BUDGET) -> tuple[torch.Tensor, t
     the bound of L (for spans without `max_selected` that is n * S_kv). A row whose spans break `max_selected` comes
     out as NaN, never as a plausible wrong answer.
     """
-    if call.problem.requires_grad:
+    if call.requires_grad:
         out, lse = _Attention.apply(call.q, call.k, call.v, call, memory_budget)
         return out, lse if call.return_lse else None
     return forward(call, memory_budget)
@@ -57,7 +57,7 @@ def forward(call: Call, budget: int = MEMORY_BUDGET) -> tuple[torch.Tensor, torc
     with _plain_math(call):
         work = _prepare(call, budget, _is_capturing(call))
         out, lse = _attend_all(call, work)
-    out = out.view(*call.q.shape[:4], call.problem.Dv)
+    out = out.view(*call.q.shape[:4], call.Dv)
     # columns of padding must not show: the operator promises contiguous results, and so does the kernel
     out = out.contiguous() if call.out is None else call.out.copy_(out)
     return out, None if lse is None else lse.to(torch.float32).view(call.q.shape[:4])
@@ -71,9 +71,8 @@ def backward(
     budget: int = MEMORY_BUDGET,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return the gradients of q, k and v from those of out [B, S, G, h, Dv] and lse [B, S, G, h] (None: zero)."""
-    problem = call.problem
     gradients = _backward.Gradients.zeros(call, accumulator(call.q.dtype))
-    flat = (problem.rows, problem.h, problem.Dv)
+    flat = (call.rows, call.h, call.Dv)
     d_out = out.new_zeros(flat) if d_out is None else d_out.reshape(flat)
     d_lse = None if d_lse is None else d_lse.reshape(flat[:2])
     with _plain_math(call):
@@ -116,19 +115,20 @@ class _Attention(torch.autograd.Function):
         q, k, v, out, *_ = ctx.saved_tensors
         call = replace(ctx.call, q=q, k=k, v=v)
         if any(d is not None and is_legacy_batchedtensor(d) for d in (d_out, d_lse)):  # is_grads_batched=True
-            from nsa_sel import ops  # which imports this module
-
-            return *ops.batched_backward(call, out, d_out, d_lse), None, None
+            # the operator has a rule for vmap; `nsa_sel.ops`, which is above this module, has registered it
+            operator = torch.ops.nsa_sel.selection_attention_backward
+            given = call.arguments() | {"backend": "auto", "requires_grad": True}
+            return *operator(out, d_out, d_lse, **given), None, None
         return *backward(call, out, d_out, d_lse, ctx.budget), None, None
 
 
 @contextlib.contextmanager
 def _plain_math(call: Call) -> Iterator[None]:
     """Switch autocast off: it would turn fp32 inputs into bf16 inside SDPA, where the contract promises fp32."""
-    if not torch.is_autocast_enabled(call.problem.device_type):
+    if not torch.is_autocast_enabled(call.device_type):
         yield
         return
-    with torch.autocast(call.problem.device_type, enabled=False):
+    with torch.autocast(call.device_type, enabled=False):
         yield
 
 
@@ -162,20 +162,20 @@ class _Work:
 
 
 def _prepare(call: Call, budget: int, capturing: bool) -> _Work:
-    problem, count = call.problem, Counters(calls=1)
+    call, count = call, Counters(calls=1)
     selection = _gather.resolve(call)
     # without one slot, token or page there is no memory that a gather could point at
-    pool = (problem.num_pages and problem.num_tables) or not problem.paged
-    if not (problem.rows and problem.n and problem.S_kv and pool):
+    pool = (call.num_pages and call.num_tables) or not call.paged
+    if not (call.rows and call.n and call.S_kv and pool):
         return _Work(selection, np.zeros(0), None, [], count, on_host=False)
     if not capturing:
         lengths, order, masked = _read_back(selection, count)
-        plan = make_plan(problem, lengths, budget, masked)
-        return _Work(selection, lengths, order, plan, count, on_host=problem.device_type == "cpu")
-    limit = captured_bound(problem)
-    lengths = np.full(problem.rows, limit)
-    plan = make_plan(problem, lengths, budget, masked=True)
-    broken = selection.length > limit if limit < problem.largest else None
+        plan = make_plan(call, lengths, budget, masked)
+        return _Work(selection, lengths, order, plan, count, on_host=call.device_type == "cpu")
+    limit = captured_bound(call)
+    lengths = np.full(call.rows, limit)
+    plan = make_plan(call, lengths, budget, masked=True)
+    broken = selection.length > limit if limit < call.largest else None
     return _Work(selection, lengths, None, plan, count, on_host=False, broken=broken)
 
 
@@ -199,12 +199,11 @@ def _read_back(selection: Selection, count: Counters) -> tuple[np.ndarray, torch
 
 def _attend_all(call: Call, work: _Work) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend every row: out [R, h, Dv] and, if asked for, lse [R, h]; rows that select nothing get 0 and -inf."""
-    problem = call.problem
     out = lse = None
     for chunk in work.plan:
         rows = work.rows(chunk)
         part, part_lse = _attend_chunk(call, work, rows, chunk)
-        if work.order is None and chunk.rows == slice(0, problem.rows):
+        if work.order is None and chunk.rows == slice(0, call.rows):
             out, lse = part, part_lse
             continue
         if out is None:
@@ -222,11 +221,10 @@ def _attend_all(call: Call, work: _Work) -> tuple[torch.Tensor, torch.Tensor | N
 
 
 def _empty_rows(call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
-    problem = call.problem
-    out = call.v.new_zeros((problem.rows, problem.h, problem.Dv))
+    out = call.v.new_zeros((call.rows, call.h, call.Dv))
     if not call.return_lse:
         return out, None
-    return out, call.q.new_full((problem.rows, problem.h), -math.inf, dtype=accumulator(call.q.dtype))
+    return out, call.q.new_full((call.rows, call.h), -math.inf, dtype=accumulator(call.q.dtype))
 
 
 def _attend_chunk(

@@ -110,6 +110,8 @@ def limits(call: Call, device: DeviceInfo | None) -> str | None:
         return f"triton takes float16 and bfloat16, not {call.dtype}"
     if call.requires_grad:
         return "gradients required"
+    if (why := call.unreadable()) is not None:
+        return why
     for name, most in (("h", _MAX_HEADS), ("Dk", _MAX_DIMS), ("Dv", _MAX_DIMS), ("S_kv", _MAX_TOKENS - 1)):
         if getattr(call, name) > most:
             return f"triton takes {name} up to {most}, not {getattr(call, name)}"
