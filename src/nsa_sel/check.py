@@ -209,6 +209,8 @@ def _integer(name: str, value: object, least: int, note: str) -> int:
 
 
 def _finite(name: str, value: object) -> float:
+    if type(value) is float and math.isfinite(value):  # an ABC takes its time
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise ArgumentTypeError(f"{name}: expected a finite float or None, got {type(value).__name__} {value!r}")
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from dataclasses import replace
@@ -232,3 +233,8 @@ def test_misaligned_strides_are_named_for_a_forced_kernel_before_anything_runs()
     arguments = good(q=torch.zeros(2, 1, 3, 4, 64, dtype=torch.float16), k=wide, v=wide)
     with pytest.raises(nsa_sel.BackendError, match="tensors on cpu"):
         nsa_sel.selection_attention(**arguments, backend="cuda")
+
+
+def test_the_public_function_and_its_check_take_the_same_arguments_in_the_same_order() -> None:
+    public = list(inspect.signature(nsa_sel.selection_attention).parameters)
+    assert public == [*inspect.signature(check).parameters, "backend"]
