@@ -10,7 +10,7 @@ from typing import Any
 
 from nsa_sel.measure import schema
 from nsa_sel.measure.judge.rules import Rules
-from nsa_sel.measure.judge.tables import Row, Table, read_bench, read_decode, where
+from nsa_sel.measure.judge.tables import Row, Table, inner, read_bench, read_decode, where
 from nsa_sel.measure.judge.threshold import Threshold, find_threshold
 from nsa_sel.measure.judge.trust import bench_faults, bench_remarks, compare
 from nsa_sel.measure.judge.trust_decode import Step, decode_faults, decode_remarks, steps_of
@@ -41,6 +41,7 @@ class Judgement:
     remarks: list[str]
     threshold: Threshold | None
     steps: list[Step]
+    environment: dict[str, Any]  # of the benchmark, else of the decode step, as its JSON has it
 
     @property
     def exit_code(self) -> int:
@@ -94,6 +95,7 @@ def judge(bench: str | Path | None, decode: str | Path | None, rules: Rules, bac
         remarks=remarks,
         threshold=found,
         steps=steps,
+        environment=inner(bench_table.facts, "environment") or inner(decode_table.facts, "environment"),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from nsa_sel.measure import schema
-from nsa_sel.measure.files import FileError, read_json, write_atomically
+from nsa_sel.measure.files import write_atomically
 from nsa_sel.measure.judge.gate import Judgement, judge
 from nsa_sel.measure.judge.rules import Rules, load_rules
 from nsa_sel.measure.judge.tables import Table, entries, inner, number, read_bench, read_decode
@@ -18,7 +18,7 @@ from nsa_sel.measure.judge.trust import case_of, judged
 from nsa_sel.measure.judge.trust_decode import Step
 from nsa_sel.measure.report import pictures
 from nsa_sel.measure.report.markdown import plain, table_lines
-from nsa_sel.measure.report.record import environment_lines, environment_of, gate_table, step_table
+from nsa_sel.measure.report.record import environment_lines, gate_table, step_table
 
 NOTHING = f"{schema.NOT_MEASURED}: the data holds nothing to draw here."
 
@@ -46,12 +46,12 @@ def write_report(folder: Path, rules: Rules | None = None) -> Path:
         if path is None:  # a picture of an earlier report must not stand beside this one
             (folder / f"{name}.png").unlink(missing_ok=True)
     lines = [
-        *_head(folder, judgement),
+        *_head(judgement),
         *_speedups(measured, drawn),
         *_bandwidth(measured, drawn),
-        *_shares(folder, steps, drawn, judgement.steps),
+        *_shares(decode, steps, drawn, judgement.steps),
+        *_gaps(bench, decode),
     ]
-    lines += _gaps(folder, bench, decode)
     write_atomically(folder / "report.md", "\n".join(lines) + "\n")
     return folder / "report.md"
 
@@ -74,9 +74,8 @@ def _steps(table: Table) -> pd.DataFrame:
     return pd.DataFrame(shown, columns=[*schema.DECODE_COLUMNS, "line"])
 
 
-def _head(folder: Path, judgement: Judgement) -> list[str]:
-    environment = environment_of(str(folder / "bench.csv")) or environment_of(str(folder / "decode.csv"))
-    facts = environment_lines(environment)
+def _head(judgement: Judgement) -> list[str]:
+    facts = environment_lines(judgement.environment)
     return [
         f"# Measurements on {plain(judgement.device) or 'no single device'} (SM {plain(judgement.sm) or 'unknown'})",
         "",
@@ -122,24 +121,15 @@ def _bandwidth(rows: pd.DataFrame, drawn: dict[str, Path | None]) -> list[str]:
         "",
     ]
     best = rows.loc[rows.groupby("backend")["ceiling_share"].idxmax()]
-    table = pd.DataFrame(
-        {
-            "backend": best["backend"],
-            "share of the ceiling": best["ceiling_share"].map("{:.1%}".format),
-            "GB/s": best["gbps"].map("{:.4g}".format),
-            "MB": (best["bytes"] / 1e6).map("{:.4g}".format),
-            "workload": best["workload"],
-            "largest MAE": rows.groupby("backend")["mae"]
-            .max()
-            .reindex(best["backend"])
-            .map("{:.2g}".format)
-            .to_numpy(),
-        }
-    )
+    table = pd.DataFrame({"backend": best["backend"], "workload": best["workload"]})
+    table["share of the ceiling"] = best["ceiling_share"].map("{:.1%}".format)
+    table["GB/s"] = best["gbps"].map("{:.4g}".format)
+    table["MB"] = (best["bytes"] / 1e6).map("{:.4g}".format)
+    table["largest MAE"] = best["backend"].map(rows.groupby("backend")["mae"].max()).map("{:.2g}".format)
     return [*lines, *_frame_lines(table), ""]
 
 
-def _shares(folder: Path, rows: pd.DataFrame, drawn: dict[str, Path | None], steps: list[Step]) -> list[str]:
+def _shares(decode: Table, rows: pd.DataFrame, drawn: dict[str, Path | None], steps: list[Step]) -> list[str]:
     lines = ["## Where a decode step's time goes", "", *_picture(drawn, "share", "share of the decode step by context")]
     if rows.empty:
         return lines
@@ -147,17 +137,13 @@ def _shares(folder: Path, rows: pd.DataFrame, drawn: dict[str, Path | None], ste
     shares = rows.pivot_table(index=["B", "context"], columns="stage", values="share")
     shares = shares.reindex(columns=[stage for stage in schema.STAGES if stage in shares])
     shares["residual"] = 1 - shares.sum(axis=1)
-    ran = (
-        rows[rows["stage"] == "select"].groupby(["B", "context"])["ran"].agg(lambda names: "+".join(sorted(set(names))))
-    )
-    text = (
-        shares.map(lambda value: "" if pd.isna(value) else f"{value:.1%}").assign(**{"select ran": ran}).reset_index()
-    )
-    text["B"], text["context"] = text["B"].map("{:g}".format), text["context"].map("{:g}".format)
+    ran = rows[rows["stage"] == "select"].groupby(["B", "context"])["ran"].first()
+    text = shares.map("{:.1%}".format, na_action="ignore").assign(**{"select ran": ran}).reset_index()
+    text = text.assign(B=text["B"].map("{:g}".format), context=text["context"].map("{:g}".format))
     lines += [*_frame_lines(text.fillna("")), ""]
     if steps:
         lines += ["With the kernel in place of packed SDPA:", "", *step_table(steps), ""]
-    for step in entries(_json(folder / "decode.json"), "steps"):
+    for step in entries(decode.facts, "steps"):
         read, paper = number(inner(step, "tokens_read_per_group").get("all")), number(step.get("tokens_by_the_paper"))
         dense = "" if step.get("sparse") else "; nothing is sparse yet"
         lines.append(
@@ -167,18 +153,14 @@ def _shares(folder: Path, rows: pd.DataFrame, drawn: dict[str, Path | None], ste
     return [*lines, ""]
 
 
-def _gaps(folder: Path, bench: Table, decode: Table) -> list[str]:
-    lines = ["## Not measured", ""]
+def _gaps(bench: Table, decode: Table) -> list[str]:
     found = [f"- {plain(fault)}" for fault in bench.faults + decode.faults]
     missing = Counter((row["backend"], row["mode"]) for row in bench.rows if row["ran"] != row["backend"])
     found += [f"- `{plain(b)}` ({plain(m)}): {count} rows did not run as named" for (b, m), count in missing.items()]
-    data = _json(folder / "bench.json")
-    found += [f"- workload {plain(name)}: {plain(reason)}" for name, reason in inner(data, "skipped").items()]
-    found += [
-        f"- peer {plain(name)}: {plain(reason)}"
-        for name, reason in inner(inner(data, "environment"), "peers_absent").items()
-    ]
-    return [*lines, *(found or ["Everything that was asked for ran."])]
+    absent = inner(inner(bench.facts, "environment"), "peers_absent")
+    for kind, reasons in (("workload", inner(bench.facts, "skipped")), ("peer", absent)):
+        found += [f"- {kind} {plain(name)}: {plain(reason)}" for name, reason in reasons.items()]
+    return ["## Not measured", "", *(found or ["Everything that was asked for ran."])]
 
 
 def _picture(drawn: dict[str, Path | None], name: str, text: str) -> list[str]:
@@ -188,10 +170,3 @@ def _picture(drawn: dict[str, Path | None], name: str, text: str) -> list[str]:
 
 def _frame_lines(frame: pd.DataFrame) -> list[str]:
     return table_lines(list(frame.columns), [[plain(cell) for cell in row] for row in frame.to_numpy()])
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        return read_json(path)
-    except FileError:
-        return {}

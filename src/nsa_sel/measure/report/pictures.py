@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -19,20 +20,19 @@ from nsa_sel.measure.judge.rules import Rules
 
 # One colour and marker for a backend in every picture; the first three differ in lightness too.
 STYLES = {
-    "cuda": ("#0b5394", "o"),
-    "sdpa": ("#444444", "s"),
-    "sdpa_prepared": ("#76a5af", "p"),
-    "sdpa_gathered": ("#a0a0a0", "^"),
-    "triton": ("#e69138", "D"),
-    "flashinfer": ("#6aa84f", "v"),
-    "fla": ("#cc4125", "P"),
-    "xunhaolai": ("#8e7cc3", "X"),
-    "vllm": ("#45818e", "<"),
-    "flex": ("#c27ba0", ">"),
+    "cuda": ("#0b5394", "o"), "sdpa": ("#444444", "s"), "sdpa_prepared": ("#76a5af", "p"),
+    "sdpa_gathered": ("#a0a0a0", "^"), "triton": ("#e69138", "D"), "flashinfer": ("#6aa84f", "v"),
+    "fla": ("#cc4125", "P"), "xunhaolai": ("#8e7cc3", "X"), "vllm": ("#45818e", "<"), "flex": ("#c27ba0", ">"),
     "flash_attn": ("#bf9000", "*"),
+}  # fmt: skip
+LABELS = {
+    "sdpa": "sdpa (packed, with its gather)",
+    "sdpa_prepared": "sdpa_prepared (ready index, gather, SDPA)",
+    "sdpa_gathered": "sdpa_gathered (a bound)",
 }
 STAGE_COLOURS = {"select": "#0b5394", "compress": "#9fc5e8", "score": "#b6d7a8", "window": "#f9cb9c", "gate": "#d5a6bd"}
 RESIDUAL = "#dddddd"
+ASKED: dict[str, Any] = {"color": "#cc0000", "linewidth": 1, "linestyle": "--"}
 
 
 def draw_speedup(rows: pd.DataFrame, rules: Rules, path: Path) -> Path | None:
@@ -47,25 +47,19 @@ def draw_speedup(rows: pd.DataFrame, rules: Rules, path: Path) -> Path | None:
         mine = rows[rows["dist"] == dist]
         for backend, group in mine.groupby("backend"):
             by_length = group.groupby("L")["roi"]
-            colour, marker = STYLES.get(str(backend), ("#000000", "."))
+            style = _style(str(backend))
             lengths = sorted(by_length.groups)
-            axis.plot(
-                lengths, by_length.median(), color=colour, marker=marker, markersize=5, label=_label(str(backend))
-            )
-            axis.fill_between(lengths, by_length.min(), by_length.max(), color=colour, alpha=0.12, linewidth=0)
+            axis.plot(lengths, by_length.median(), markersize=5, **style)
+            low, high = by_length.min(), by_length.max()
+            axis.fill_between(lengths, low, high, color=style["color"], alpha=0.12, linewidth=0)
         axis.axhline(1.0, color="#444444", linewidth=1)
-        axis.axhline(rules.roi_margin, color="#cc0000", linewidth=1, linestyle="--")
+        axis.axhline(rules.roi_margin, **ASKED)
         axis.set(title=dist, xscale="log", yscale="log", xlabel="L, tokens a row selects")
         _plain_ticks(axis, sorted(set(mine["L"])))
         axis.grid(True, alpha=0.3)
     axes[0].set_ylabel("speed-up over the faster baseline")
-    axes[0].annotate(
-        f"asked: {rules.roi_margin:g}x",
-        (0.02, rules.roi_margin),
-        xycoords=("axes fraction", "data"),
-        color="#cc0000",
-        va="bottom",
-    )
+    at: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "color": ASKED["color"], "va": "bottom"}
+    axes[0].annotate(f"asked: {rules.roi_margin:g}x", (0.02, rules.roi_margin), **at)
     _legend(figure, axes)
     figure.suptitle(_of(rows))
     return _save(figure, path)
@@ -78,26 +72,10 @@ def draw_bandwidth(rows: pd.DataFrame, path: Path) -> Path | None:
         return None
     figure, (axis,) = _panels(1)
     ceiling = rows.groupby("bytes")["ceiling_gbps"].median()
-    axis.plot(
-        ceiling.index / 1e6,
-        ceiling,
-        color="#cc0000",
-        linewidth=1.5,
-        marker="_",
-        markersize=8,
-        label="ceiling: a streaming read of as many bytes",
-    )
+    label = "ceiling: a streaming read of as many bytes"
+    axis.plot(ceiling.index / 1e6, ceiling, color="#cc0000", marker="_", markersize=8, label=label)
     for backend, group in rows.groupby("backend"):
-        colour, marker = STYLES.get(str(backend), ("#000000", "."))
-        axis.scatter(
-            group["bytes"] / 1e6,
-            group["gbps"],
-            s=22,
-            color=colour,
-            marker=marker,
-            alpha=0.75,
-            label=_label(str(backend)),
-        )
+        axis.scatter(group["bytes"] / 1e6, group["gbps"], s=22, alpha=0.75, **_style(str(backend)))
     axis.set(xscale="log", yscale="log", xlabel="MB moved by one call", ylabel="GB/s")
     for side in (axis.xaxis, axis.yaxis):
         _decades(side)
@@ -122,16 +100,9 @@ def draw_share(rows: pd.DataFrame, rules: Rules, path: Path) -> Path | None:
                 heights = shares[stage].fillna(0).to_numpy()
                 axis.bar(places, heights, bottom=bottom, color=colour, width=0.7, label=stage)
                 bottom = bottom + heights
-        axis.bar(
-            places, np.clip(1 - bottom, 0, None), bottom=bottom, color=RESIDUAL, width=0.7, label="residual (no stage)"
-        )
-        axis.axhline(
-            rules.share_min,
-            color="#cc0000",
-            linewidth=1,
-            linestyle="--",
-            label=f"asked of select: {rules.share_min:.0%}",
-        )
+        rest = np.clip(1 - bottom, 0, None)
+        axis.bar(places, rest, bottom=bottom, color=RESIDUAL, width=0.7, label="residual (no stage)")
+        axis.axhline(rules.share_min, **ASKED, label=f"asked of select: {rules.share_min:.0%}")
         axis.axhline(1.0, color="#444444", linewidth=1)
         axis.set_xticks(places, [f"{context:,.0f}" for context in shares.index])
         axis.set(title=f"B = {batch:g}", xlabel="context, tokens", ylim=(0, max(1.05, bottom.max() * 1.05)))
@@ -149,12 +120,9 @@ def _panels(count: int) -> tuple[Figure, list[Axes]]:
     return figure, list(axes[0])
 
 
-def _label(backend: str) -> str:
-    return {
-        "sdpa": "sdpa (packed, with its gather)",
-        "sdpa_prepared": "sdpa_prepared (ready index, gather, SDPA)",
-        "sdpa_gathered": "sdpa_gathered (a bound)",
-    }.get(backend, backend)
+def _style(backend: str) -> dict[str, Any]:
+    colour, marker = STYLES.get(backend, ("#000000", "."))
+    return {"color": colour, "marker": marker, "label": LABELS.get(backend, backend)}
 
 
 def _plain_ticks(axis: Axes, lengths: list[float]) -> None:
@@ -191,9 +159,8 @@ def _legend(figure: Figure, axes: list[Axes], bars: bool = False) -> None:
     if bars:  # from the top of the bars to their bottom, and what is no bar behind them
         lines = [label for label, handle in entries.items() if isinstance(handle, Line2D)]
         entries = {label: entries[label] for label in [*[x for x in reversed(entries) if x not in lines], *lines]}
-    figure.legend(
-        list(entries.values()), list(entries), loc="outside lower center", ncols=min(2 * len(axes), 5), frameon=False
-    )
+    columns = min(2 * len(axes), 5)
+    figure.legend(list(entries.values()), list(entries), loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _save(figure: Figure, path: Path) -> Path:

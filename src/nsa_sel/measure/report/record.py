@@ -8,30 +8,16 @@ from typing import Any
 
 from nsa_sel import policy
 from nsa_sel.measure import schema
-from nsa_sel.measure.files import FileError, read_json, write_atomically
+from nsa_sel.measure.files import write_atomically
 from nsa_sel.measure.judge.gate import Gate, Judgement
 from nsa_sel.measure.judge.trust_decode import Step
 from nsa_sel.measure.report.markdown import plain, table_lines
 
 _SHOWN_ROWS = 12
 _SHOWN_COLUMNS = (
-    "line",
-    "dist",
-    "h",
-    "Dk",
-    "Dv",
-    "B",
-    "L",
-    "rows",
-    "context",
-    "stage",
-    "mode",
-    "ms_median",
-    "roi",
-    "roi_low",
-    "share",
-    "mae",
-)
+    "line", "dist", "h", "Dk", "Dv", "B", "L", "rows", "context", "stage", "mode", "ms_median", "roi", "roi_low",
+    "share", "mae",
+)  # fmt: skip
 _DECISIONS = {
     schema.PASS: "The kernel is on by default on this GPU where the L bound is at least {min_l}; "
     "below it calls go to packed SDPA.",
@@ -39,6 +25,16 @@ _DECISIONS = {
     "`NSA_SEL_CUDA=1` turns it on by hand.",
     schema.NOT_MEASURED: "No decision: the data supports none. Routing stays as it was and no policy is written.",
 }
+_CONSEQUENCES = {
+    schema.PASS: "- Routing reads `min_l = {min_l}` for this device. "
+    "A call that gives no L bound runs the kernel at any L.\n"
+    "- The decision holds for this device's name, these versions and the measured L; no larger L was measured.",
+    schema.FAIL: "- Nothing gets slower than packed SDPA. What the kernel would have gained where it is faster is "
+    "given up.\n- Worth another look after a change of the kernel, the driver or PyTorch.",
+    schema.NOT_MEASURED: "- No speed claim may be made for this GPU.\n"
+    "- The reasons above name what is missing; measure that and judge again.",
+}
+_PEERS = "- FlashAttention and the other peers are measured beside the kernel and are never routed to."
 
 
 def slug(name: str) -> str:
@@ -50,16 +46,7 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "no-device"
 
 
-def environment_of(bench: str) -> dict[str, Any]:
-    """Return the environment JSON beside a CSV file, or an empty one: a record is written without it too."""
-    try:
-        environment = read_json(Path(bench).with_suffix(".json")).get("environment")
-    except FileError:
-        return {}
-    return environment if isinstance(environment, dict) else {}
-
-
-def decision_record(judgement: Judgement, environment: dict[str, Any] | None = None) -> str:
+def decision_record(judgement: Judgement) -> str:
     """Return the decision record in Markdown: context, findings, decision, consequences, how to re-measure."""
     device = plain(judgement.device) or "no device"
     lines = [
@@ -73,7 +60,7 @@ def decision_record(judgement: Judgement, environment: dict[str, Any] | None = N
         f"its MAE against the fp64 oracle is at most {judgement.rules.stability_max_mae:g}. Judged from "
         f"`{judgement.sources['bench']}` and `{judgement.sources['decode']}` alone.",
         "",
-        *environment_lines(environment or {}),
+        *environment_lines(judgement.environment),
         "## Findings",
         "",
         *_findings(judgement),
@@ -83,7 +70,8 @@ def decision_record(judgement: Judgement, environment: dict[str, Any] | None = N
         "",
         "## Consequences",
         "",
-        *_consequences(judgement),
+        _CONSEQUENCES[judgement.verdict].format(min_l=judgement.min_l),
+        _PEERS,
         "",
         "## How to re-measure",
         "",
@@ -103,7 +91,7 @@ def decision_record(judgement: Judgement, environment: dict[str, Any] | None = N
 def write_record(judgement: Judgement, folder: Path) -> Path:
     """Write the decision record into `folder` and return its path."""
     path = folder / f"decision-{slug(judgement.device)}-{judgement.backend}.md"
-    write_atomically(path, decision_record(judgement, environment_of(judgement.sources["bench"])))
+    write_atomically(path, decision_record(judgement))
     return path
 
 
@@ -129,24 +117,9 @@ def write_policy(judgement: Judgement, path: Path) -> policy.Policy | None:
 
 def gate_table(judgement: Judgement) -> list[str]:
     """Return the Markdown table of the gates."""
-    return table_lines(
-        ("gate", "verdict", "value", "why"),
-        [
-            (name, gate.verdict, "" if gate.value is None else f"{gate.value:.4g}", plain(gate.reason))
-            for name, gate in judgement.gates.items()
-        ],
-    )
-
-
-def _findings(judgement: Judgement) -> list[str]:
-    lines = [*gate_table(judgement), ""]
-    for name, gate in judgement.gates.items():
-        lines += _deciding_rows(name, gate)
-    if judgement.steps:
-        lines += ["The whole step, with packed SDPA and with the kernel:", "", *step_table(judgement.steps), ""]
-    if judgement.remarks:
-        lines += ["Odd, but deciding nothing:", "", *(f"- {plain(remark)}" for remark in judgement.remarks), ""]
-    return lines
+    gates = judgement.gates.items()
+    rows = [(n, g.verdict, "" if g.value is None else f"{g.value:.4g}", plain(g.reason)) for n, g in gates]
+    return table_lines(("gate", "verdict", "value", "why"), rows)
 
 
 def step_table(steps: list[Step]) -> list[str]:
@@ -158,42 +131,27 @@ def step_table(steps: list[Step]) -> list[str]:
     return table_lines(("B", "context", "share s", "selection x", "whole step", "1 / (1 - s + s / x)"), rows)
 
 
+def environment_lines(environment: dict[str, Any]) -> list[str]:
+    """Return the plain values of an environment as a list."""
+    shown = {key: one for key, one in environment.items() if isinstance(one, (str, int, float, bool)) and one != ""}
+    return [*(f"- {plain(key)}: {plain(value)}" for key, value in shown.items()), ""] if shown else []
+
+
+def _findings(judgement: Judgement) -> list[str]:
+    lines = [*gate_table(judgement), ""]
+    for name, gate in judgement.gates.items():
+        if gate.rows:
+            lines += _deciding_rows(name, gate)
+    if judgement.steps:
+        lines += ["The whole step, with packed SDPA and with the kernel:", "", *step_table(judgement.steps), ""]
+    if judgement.remarks:
+        lines += ["Odd, but deciding nothing:", "", *(f"- {plain(remark)}" for remark in judgement.remarks), ""]
+    return lines
+
+
 def _deciding_rows(name: str, gate: Gate) -> list[str]:
-    if not gate.rows:
-        return []
     columns = [column for column in _SHOWN_COLUMNS if column in gate.rows[0]]
     shown = sorted(gate.rows, key=lambda row: row["roi_low" if name == "roi" else "line"])[:_SHOWN_ROWS]
     text = [[f"{row[c]:.4g}" if isinstance(row[c], float) else plain(row[c]) for c in columns] for row in shown]
-    more = len(gate.rows) - len(shown)
-    return [
-        f"Rows that decided `{name}`" + (f" ({len(shown)} of {len(gate.rows)})" if more > 0 else "") + ":",
-        "",
-        *table_lines(columns, text),
-        "",
-    ]
-
-
-def environment_lines(environment: dict[str, Any]) -> list[str]:
-    shown = [
-        (key, value) for key, value in environment.items() if isinstance(value, (str, int, float, bool)) and value != ""
-    ]
-    return [*(f"- {plain(key)}: {plain(value)}" for key, value in shown), ""] if shown else []
-
-
-def _consequences(judgement: Judgement) -> list[str]:
-    lines = {
-        schema.PASS: [
-            f"- Routing reads `min_l = {judgement.min_l}` for this device. "
-            "A call that gives no L bound runs the kernel at any L.",
-            "- The decision holds for this device's name, these versions and the measured L; no larger L was measured.",
-        ],
-        schema.FAIL: [
-            "- Nothing gets slower than packed SDPA. What the kernel would have gained where it is faster is given up.",
-            "- Worth another look after a change of the kernel, the driver or PyTorch.",
-        ],
-        schema.NOT_MEASURED: [
-            "- No speed claim may be made for this GPU.",
-            "- The reasons above name what is missing; measure that and judge again.",
-        ],
-    }[judgement.verdict]
-    return [*lines, "- FlashAttention and the other peers are measured beside the kernel and are never routed to."]
+    of = f" ({len(shown)} of {len(gate.rows)})" if len(gate.rows) > len(shown) else ""
+    return [f"Rows that decided `{name}`{of}:", "", *table_lines(columns, text), ""]
