@@ -94,7 +94,7 @@ def _files(speedup: float, share: float, device: str, sm: str) -> dict[str, str]
         here = {"device": device, "sm": sm, "commit": COMMIT}
         rows = [row | here for row in rows]
         facts |= {"finished": {"rows": len(rows)}}
-        facts["environment"] |= here | {"driver": "580.12"}
+        facts["environment"] |= here | {"driver": "580.12", "mode": "graph"}
         found |= {f"{kind}.csv": csv_text(tuple(rows[0]), rows), f"{kind}.json": json.dumps(facts)}
     return found
 

@@ -72,16 +72,18 @@ def everywhere(name: str, value: str) -> Change:
     return both(put(name, value), key(name, value, inside="environment"))
 
 
+def entries_of(facts: Facts, row: dict[str, Any]) -> Rows:
+    return [one for one in facts["intervals"] if all(one[key] == row[key] for key in ("workload", "backend", "mode"))]
+
+
 def times(factor: float, **where: Any) -> Change:
     """Return a change of times in which every other figure, the JSON's too, follows: only physics can object."""
 
     def change(rows: Rows, facts: Facts) -> None:
         for row in mine(rows, **where):
-            for column in schema.TIMES:
-                row[column] = float(row[column]) * factor
-            for one in facts["intervals"]:
-                if (one["workload"], one["backend"], one["mode"]) == (row["workload"], row["backend"], row["mode"]):
-                    one["ms_median_ci95"] = [x * factor for x in one["ms_median_ci95"]]
+            row |= {column: float(row[column]) * factor for column in schema.TIMES}
+            for one in entries_of(facts, row):
+                one["ms_median_ci95"] = [x * factor for x in one["ms_median_ci95"]]
         rows[:] = figures(rows)
 
     return change
@@ -138,29 +140,23 @@ def one_token(rows: Rows, facts: Facts) -> None:
 
 
 def half_microseconds(rows: Rows, facts: Facts) -> None:
-    """Times in the steps of a coarse clock."""
+    """Times in the steps of a coarse clock; an interval of such samples is one of its steps."""
     for row in rows:
         if row["ms_median"]:
-            for column in schema.TIMES:
-                row[column] = max(1, round(float(row[column]) * 2000)) / 2000
-            for one in facts["intervals"]:
-                if (one["workload"], one["backend"], one["mode"]) == (row["workload"], row["backend"], row["mode"]):
-                    one |= {"ms_median_ci95": [row["ms_median"]] * 2, "calls": 1}
-    for row in rows:  # the interval of quantised samples is one of its steps or both
-        if row["ms_median"]:
-            row["ms_p20"], row["ms_p80"] = min(row["ms_p20"], row["ms_median"]), max(row["ms_p80"], row["ms_median"])
+            row |= {column: max(1, round(float(row[column]) * 2000)) / 2000 for column in schema.TIMES}
+            for one in entries_of(facts, row):
+                one |= {"ms_median_ci95": [row["ms_median"]] * 2, "calls": 1}
     rows[:] = figures(rows)
 
 
 def flat(rows: Rows, facts: Facts) -> None:
-    """Launch-bound: every small call takes the same 5 us, by the clock's own step."""
+    """Launch-bound: every small call takes the same 12 us, by the clock's own step."""
     half_microseconds(rows, facts)
     for row in rows:
         if row["ms_median"] and row["backend"] == "cuda" and int(row["bytes"]) < 700_000:
             row |= dict.fromkeys(schema.TIMES, 0.012)
-            for one in facts["intervals"]:
-                if (one["workload"], one["backend"], one["mode"]) == (row["workload"], "cuda", row["mode"]):
-                    one["ms_median_ci95"] = [0.012, 0.012]
+            for one in entries_of(facts, row):
+                one["ms_median_ci95"] = [0.012, 0.012]
     rows[:] = figures(rows)
 
 
@@ -203,12 +199,9 @@ BENCH: dict[str, tuple[Change, str]] = {
     "the plain baseline did not run": (put("ran", "", backend="sdpa_prepared", L=64), "sdpa_prepared did not run"),
     "no plain baseline": (drop(backend="sdpa_prepared"),
                           "no rows of backend sdpa_prepared"),
-    "the kernel's slowest rows left out": (
-        drop(backend="cuda", L=1024, dist="few"), "no cuda row beside"),
-    "a distribution missing": (
-        drop(dist="many"), "distribution many missing"),
-    "a distribution at some L only": (
-        drop(dist="mixed", L=1024), "mixed not measured at L = 1024"),
+    "the kernel's slowest rows left out": (drop(backend="cuda", L=1024, dist="few"), "no cuda row beside"),
+    "a distribution missing": (drop(dist="many"), "distribution many missing"),
+    "a distribution at some L only": (drop(dist="mixed", L=1024), "mixed not measured at L = 1024"),
     "rows left out": (drop(workload="nsa-paper-b1"), "measured and has no row"),
     "MAE is NaN": (put("mae", "nan", **FEW), "mae is no finite number"),
     "text for a number": (put("max_err", "ok", backend="sdpa", L=64), "got 'ok'"),
@@ -319,10 +312,8 @@ DECODE: dict[str, tuple[Change, str]] = {
     "no step before the kernel": (drop(**SELECT), "no select stage of backend sdpa"),
     "no step with the kernel": (drop(backend="cuda"), "no select stage of backend cuda"),
     "a stage left out": (drop(stage="window", B=2), r"stage window \(torch\) missing"),
-    "a B without its contexts": (
-        drop(B=2, context=4096), "B=2 not measured at context 4096"),
-    "a B of one context": (
-        both(drop(B=2, context=1280), drop(B=2, context=2048)), "B=2 not measured at context 1280"),
+    "a B without its contexts": (drop(B=2, context=4096), "B=2 not measured at context 4096"),
+    "a B of one context": (both(drop(B=2, context=1280), drop(B=2, context=2048)), "B=2 not measured at context 1280"),
     "a B left out": (drop(B=2), "a step was measured and has no rows: B=2"),
     "share in percent": (put("share", lambda x: float(x) * 100), "no fraction of the step"),
     "share off the times": (put("share", 0.6, **SELECT), "share 0.6 of select is off the times"),
@@ -343,21 +334,13 @@ DECODE: dict[str, tuple[Change, str]] = {
     "another device than bench": (everywhere("device", "NVIDIA H200"),
                                   "bench holds NVIDIA H100"),
     "dense contexts only": (dense_contexts(1280, 2048, 4096), "dense contexts only"),
-    "a large residual": (
-        lambda r, f: [x.update({c: float(x[c]) * k for c in (*schema.TIMES, "share")})
-                      for stage, k in (("compress", 0.2), ("window", 0.3)) for x in mine(r, stage=stage)],
-        "a large residual"),
-    "stages above their step": (
-        lambda r, f: [x.update({c: float(x[c]) * 2 for c in (*schema.TIMES, "share")})
-                      for x in mine(r, stage="compress")], "more than their step"),
-    "a step that does not follow": (
-        scale(0.6, stage="step", backend="cuda"),
+    "a large residual": (both(scale(0.2, stage="compress"), scale(0.3, stage="window")), "a large residual"),
+    "stages above their step": (scale(2, stage="compress"), "more than their step"),
+    "a step that does not follow": (scale(0.6, stage="step", backend="cuda"),
         "speed-up does not follow"),
     "times copied": (copied(**SELECT),
                      "identical ms_median"),
-    "times that fall": (
-        scale(0.3, stage="step", context=4096),
-        "times fall while"),
+    "times that fall": (scale(0.3, stage="step", context=4096), "times fall while"),
     "drift of clocks": (key("after", {"sm": 1500, "mem": 2619}, 2, "clocks"), "clocks drifted"),
     "no clocks": (lambda r, f: f.pop("clocks"), "clocks were not read"),
     "no marker": (lambda r, f: f.pop("finished"), "did not finish"),

@@ -71,7 +71,8 @@ def _measured(table: Table) -> pd.DataFrame:
 def _steps(table: Table) -> pd.DataFrame:
     shown = [row for row in table.rows if row["ran"] == row["backend"] and 0 <= row["share"] <= 1]
     shown = [row for row in shown if row["stage"] != schema.STEP and row["backend"] in (schema.TORCH, schema.BASELINE)]
-    return pd.DataFrame(shown, columns=[*schema.DECODE_COLUMNS, "line"])
+    how = {"dtype": "bf16", "mode": str(inner(table.facts, "environment").get("mode", ""))}  # as all steps of a run
+    return pd.DataFrame(shown, columns=[*schema.DECODE_COLUMNS, "line"]).assign(**how)
 
 
 def _head(judgement: Judgement) -> list[str]:
