@@ -17,22 +17,15 @@ from nsa_sel.measure.files import csv_text, write_atomically
 from nsa_sel.measure.run import clock
 from nsa_sel.measure.run.ceiling import fastest_reader
 from nsa_sel.measure.run.inputs import MAX_VARIANTS
+from nsa_sel.measure.schema import TIMES
 
 MB = 10**6
-COLUMNS = ("what", "mode", "bytes", "nodes", "ms_median", "ms_p20", "ms_p80", "gbps", "how", "device")
+COLUMNS = ("what", "mode", "bytes", "nodes", *TIMES, "gbps", "how", "device")
 SIZES = (MB, 2_621_440, 16 * MB, 64 * MB, 256 * MB, 512 * MB, 1024 * MB)  # 2,621,440: the NSA paper's step at B = 1
 NODES = tuple(range(2, MAX_VARIANTS + 1, 2))  # as many as a benchmark's graph may hold calls: what is subtracted from
 Rows = list[dict[str, Any]]
 ITERS, WARMUP = 50, 5
 HOST_CALLS = 200
-
-
-def times(samples: list[float]) -> dict[str, str]:
-    """Return the columns of a list of samples in milliseconds."""
-    return {
-        name: f"{value:.7g}"
-        for name, value in zip(("ms_median", "ms_p20", "ms_p80"), clock.quantiles(samples), strict=True)
-    }
 
 
 def reads(device: torch.device, sizes: tuple[int, ...], modes: tuple[str, ...], iters: int) -> Rows:
@@ -45,8 +38,8 @@ def reads(device: torch.device, sizes: tuple[int, ...], modes: tuple[str, ...], 
             memory = torch.cuda.mem_get_info(device)[0] // 3 if device.type == "cuda" else 1 << 28
             name, read, calls = fastest_reader(size, count, mode, device, memory)
             samples = clock.samples(calls, mode, device, iters, WARMUP)
-            row = {"what": "streaming read", "mode": mode, "bytes": read, "nodes": count} | times(samples)
-            rows.append(row | {"gbps": f"{read / clock.quantiles(samples)[0] / 1e6:.7g}", "how": name})
+            row = {"what": "streaming read", "mode": mode, "bytes": read, "nodes": count} | clock.columns(samples)
+            rows.append(row | {"gbps": clock.figure(read / clock.quantiles(samples)[0] / 1e6), "how": name})
     return rows
 
 
@@ -55,7 +48,7 @@ def empty_nodes(device: torch.device) -> Rows:
     rows = []
     for count in NODES:
         samples = clock.samples([lambda: torch.cuda._sleep(0)] * count, "graph", device, ITERS, WARMUP)
-        rows.append({"what": "empty kernel", "mode": "graph", "bytes": 0, "nodes": count} | times(samples))
+        rows.append({"what": "empty kernel", "mode": "graph", "bytes": 0, "nodes": count} | clock.columns(samples))
     return rows
 
 
@@ -89,7 +82,7 @@ def host_overheads(device: torch.device) -> Rows:
     for what, call in calls.items():
         host_time(call, device, WARMUP, HOST_CALLS)
         samples = host_time(call, device, ITERS, HOST_CALLS)
-        rows.append({"what": what, "mode": "host", "bytes": 0, "nodes": HOST_CALLS} | times(samples))
+        rows.append({"what": what, "mode": "host", "bytes": 0, "nodes": HOST_CALLS} | clock.columns(samples))
     return rows
 
 

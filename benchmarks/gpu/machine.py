@@ -95,7 +95,6 @@ def environment(dry: bool, small: bool) -> dict[str, Any]:
             versions[name] = "absent"
     return identity(dry, small) | {
         "gpu": gpu() or "NOT MEASURED: nvidia-smi names no GPU here",
-        "torch": _torch(),
         "nvcc": (said_by("nvcc", "--version") or "absent").splitlines()[-1],
         "compiler": (said_by("g++", "--version") or "absent").splitlines()[0],
         "compute_sanitizer": (said_by("compute-sanitizer", "--version") or "absent").splitlines()[-1],
@@ -105,19 +104,6 @@ def environment(dry: bool, small: bool) -> dict[str, Any]:
         "cpu_count": os.cpu_count(),
         "switches": {name: value for name, value in sorted(os.environ.items()) if name.startswith("NSA_SEL_")},
     }
-
-
-def _torch() -> dict[str, Any] | str:
-    try:
-        import torch
-    except ImportError as error:
-        return f"absent: {error}"
-    found: dict[str, Any] = {"version": torch.__version__, "cuda": torch.version.cuda}
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        found |= {"device": properties.name, "sm": f"{properties.major}{properties.minor}"}
-        found |= {"sm_count": properties.multi_processor_count, "l2_bytes": properties.L2_cache_size}
-    return found
 
 
 class InstallError(RuntimeError):

@@ -17,7 +17,9 @@ from pathlib import Path
 
 from benchmarks.gpu.machine import ROOT
 from benchmarks.gpu.runner import NOT_MEASURED
-from benchmarks.gpu.summary import BASELINES, Rows, over, rows_of, timed, times
+from benchmarks.gpu.summary import Rows, over, rows_of, timed, times
+from nsa_sel.measure.report.record import slug
+from nsa_sel.measure.schema import BASELINES
 
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
@@ -37,15 +39,6 @@ SHAPES = {
 
 class PublishError(ValueError):
     """Results that are not to be shown."""
-
-
-def slug(name: str) -> str:
-    """Return a device's name as a folder's.
-
-    >>> slug("NVIDIA H200 SXM")
-    'nvidia-h200-sxm'
-    """
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def device_of(folder: Path) -> str:

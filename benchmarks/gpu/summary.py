@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.runner import FAIL, NOT_MEASURED, PASS, arguments, finish
-from nsa_sel.measure.files import FileError, read_csv, read_json
+from nsa_sel.measure.files import FileError, read_json, read_rows
+from nsa_sel.measure.schema import BASELINES, HERE
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -20,17 +20,11 @@ else:
 Rows = list[dict[str, str]]
 MB = 10**6
 SIZES = (512, 256, 64, 16)  # MB of a call
-BASELINES = ("sdpa", "sdpa_prepared")
-OWN = ("cuda", "triton", *BASELINES, "sdpa_gathered")
 
 
 def rows_of(path: Path) -> Rows:
     """Return the rows of a CSV file; none where it is missing."""
-    try:
-        header, lines = read_csv(path)
-    except FileError:
-        return []
-    return [dict(zip(header, line, strict=False)) for line in lines]
+    return read_rows(path) if path.exists() else []
 
 
 def timed(rows: Rows, mode: str = "graph") -> Rows:
@@ -42,7 +36,7 @@ def times(rows: Rows, *backends: str) -> dict[str, float]:
     """Return the smallest time of some backends by workload; of all that are no part of this package without names."""
     found: dict[str, float] = {}
     for row in rows:
-        if row["backend"] in backends or (not backends and row["backend"] not in OWN):
+        if row["backend"] in backends or (not backends and row["backend"] not in HERE):
             found[row["workload"]] = min(found.get(row["workload"], float("inf")), float(row["ms_median"]))
     return found
 
@@ -60,10 +54,9 @@ def figures(out: Path) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     above = float("inf")
     for size in SIZES:
-        near = [
-            r for r in kernel if int(r["h"]) <= 16 and r["ceiling_share"] and size * MB <= float(r["bytes"]) < above
-        ]
-        found[f"share of the ceiling from {size} MB"] = least(float(row["ceiling_share"]) for row in near)
+        near = [r for r in kernel if int(r["h"]) <= 16 and size * MB <= float(r["bytes"]) < above]
+        shares = [float(row["ceiling_share"]) for row in near if row["ceiling_share"]]
+        found[f"share of the ceiling from {size} MB"] = min(shares, default=None)
         above = size * MB
     for name, file, rows in (("nsa-paper-b1", "bench.json", graph), ("nsa-paper-paged-b1", "again.json", timed(again))):
         ms, empty = times(rows, "cuda").get(name), empty_node(ceilings, calls_of(out / file, name))
@@ -78,7 +71,7 @@ def figures(out: Path) -> dict[str, float | None]:
         ("the best peer", over(times(graph), mine)),
     ):
         found[f"speed-up over {what}, geometric mean"] = statistics.geometric_mean(values) if values else None
-        found[f"speed-up over {what}, smallest"] = least(values)
+        found[f"speed-up over {what}, smallest"] = min(values, default=None)
     ran = [row for mode in ("eager", "graph", "streams2") for row in timed(bench, mode) if row["backend"] == "cuda"]
     found["largest MAE"] = max((float(row["mae"]) for row in ran if int(row["L"]) >= 16), default=None)
     moved = [abs(ratio - 1) for ratio in over(times(timed(again), "cuda"), mine)]
@@ -100,11 +93,6 @@ def empty_node(ceilings: Rows, nodes: int | None) -> float | None:
     """Return the milliseconds of one empty kernel in a graph of as many nodes, or None."""
     found = [r for r in ceilings if r["what"] == "empty kernel" and r["nodes"] == str(nodes) and r["ms_median"]]
     return float(found[0]["ms_median"]) if found else None
-
-
-def least(values: Iterable[float]) -> float | None:
-    """Return the smallest value, None where there is none."""
-    return min(values, default=None)
 
 
 def judged(found: dict[str, float | None], targets: dict[str, dict[str, float]]) -> list[dict[str, Any]]:

@@ -152,17 +152,18 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"dist": "mixed", "L": 4}, "at least 8"),
     ({"dist": "many", "L": 4096}, "room for 7 gaps"),
     ({"dist": "all"}, "dist few, many"),
-    ({"dtype": "int8"}, "dtype bf16"),
+    ({"dtype": "int8"}, "dtype bf16, fp16.* got few and int8"),
     ({"B": 2}, "expected B, or rows"),
     ({"rows": 7}, "multiple of S x G = 2"),
     ({"h": 0}, "h as a whole number above 0"),
     ({"h": "4"}, "h as a whole number above 0"),
     ({"heads": 4}, "got heads"),
+    ({"dist": "blocks", "block_size": 64}, "expected the whole shape.* 'n'"),
     ({"dist": "blocks"}, "block_size with dist blocks"),
     ({"n": 3}, "n = 1 for dist few"),
     ({"S": 2, "rows": 8}, "S = 1"),
     ({"page_size": 100}, "multiple of page_size"),
-    ({"name": "w-{M}"}, "letters in braces"),
+    ({"name": "w-{M}"}, "letters in the name's braces"),
 ]
 
 

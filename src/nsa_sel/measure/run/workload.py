@@ -20,7 +20,6 @@ FOLDER = Path(__file__).with_name("workloads")
 SUITES = ("plan", "decode", "models", "ci")
 DISTRIBUTIONS = ("few", "many", "mixed", "blocks")
 SPANS = {"few": 1, "many": 8, "mixed": 8}  # slots of a row; mixed fills 2, 4 or 8 of them
-DTYPES = ("bf16", "fp16", "fp32", "fp64")
 CLI_NAME = "cli-{dist}-{dtype}-h{h}-{Dk}x{Dv}-L{L}-r{rows}-s{S_kv}"
 
 BLOCK_NAME = "-n{n}x{block_size}"
@@ -75,15 +74,15 @@ class Workload:
 
     def arguments(self) -> str:
         """Return the command-line options of `nsa-sel bench` that make this workload again."""
-        options = {"rows": self.rows, "G": self.G, "h": self.h, "D": self.Dk, "Dv": self.Dv, "S-kv": self.S_kv}
+        options: dict[str, Any] = {"rows": self.rows, "G": self.G, "h": self.h, "D": self.Dk, "Dv": self.Dv}
+        options |= {"S-kv": self.S_kv}
         if self.block_size is None:
             options |= {"L": self.L}
         else:
             options |= {"n": self.n, "block-size": self.block_size}
             options |= {"page-size": self.page_size} if self.page_size else {}
-        return " ".join(
-            f"--{name} {value}" for name, value in (options | {"dist": self.dist, "dtype": self.dtype}).items()
-        )
+        options |= {"dist": self.dist, "dtype": self.dtype}
+        return " ".join(f"--{name} {value}" for name, value in options.items())
 
 
 def load_suite(suite: str | Path) -> list[Workload]:
@@ -178,46 +177,40 @@ def _one(values: dict[str, Any]) -> Workload:
         values.setdefault("n", SPANS.get(values.get("dist", ""), 1))
     elif "L" not in values and {"n", "S_kv"} <= set(values):
         values["L"] = min(values["n"] * values["block_size"], values["S_kv"])
-    missing = [f.name for f in fields(Workload) if f.name not in ("name", "S", "block_size", "page_size", *values)]
-    if missing:
-        raise WorkloadError(f"workload {name}: expected {', '.join(missing)}, got none")
     try:
-        text = name.format(**values, rows=values["B"] * per_request)
-    except (KeyError, IndexError, ValueError) as error:
+        return Workload(name=name.format(**values, rows=values["B"] * per_request), **values)
+    except (KeyError, IndexError) as error:
         raise WorkloadError(
-            f"workload {name}: expected a name with the shape's letters in braces, got {error}"
+            f"workload {name}: expected the shape's letters in the name's braces, got {error}"
         ) from error
-    return Workload(name=text, **values)
+    except TypeError as error:  # an argument that is missing
+        raise WorkloadError(f"workload {name}: expected the whole shape, got {error}") from error
 
 
 def _check(w: Workload) -> None:
-    def refuse(expected: str, got: object) -> None:
-        raise WorkloadError(f"workload {w.name}: expected {expected}, got {got}")
-
     for letter in ("B", "S", "G", "h", "Dk", "Dv", "S_kv", "n", "L", "block_size", "page_size"):
         value = getattr(w, letter)
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-            refuse(f"{letter} as a whole number above 0", repr(value))
-    if w.dist not in DISTRIBUTIONS:
-        refuse(f"dist {', '.join(DISTRIBUTIONS)}", w.dist)
-    if w.dtype not in DTYPES:
-        refuse(f"dtype {', '.join(DTYPES)}", w.dtype)
-    if (w.dist == "blocks") != (w.block_size is not None):
-        refuse("block_size with dist blocks and with no other", f"dist {w.dist}, block_size {w.block_size}")
-    if w.S_kv < w.L:
-        refuse(f"L at most S_kv = {w.S_kv}", w.L)
-    if w.S != 1:
-        refuse("S = 1, one query a request", w.S)
-    if w.page_size is not None and w.S_kv % w.page_size:
-        refuse(f"S_kv as a multiple of page_size = {w.page_size}", w.S_kv)
-    if w.block_size is not None and w.L != min(w.n * w.block_size, w.S_kv):
-        refuse(f"L = min(n x block_size, S_kv) = {min(w.n * w.block_size, w.S_kv)}", w.L)
-    if w.block_size is not None and w.S_kv % w.block_size:
-        refuse(f"S_kv as a multiple of block_size = {w.block_size}, so that every row selects L", w.S_kv)
-    if w.block_size is None:
-        if w.n != SPANS[w.dist]:
-            refuse(f"n = {SPANS[w.dist]} for dist {w.dist}", w.n)
-        if w.dist == "many" and (w.L % 8 or w.L + 7 > w.S_kv):
-            refuse("L as a multiple of 8 with room for 7 gaps", f"L {w.L}, S_kv {w.S_kv}")
-        if w.dist == "mixed" and (w.L < 8 or w.L + 7 > w.S_kv):
-            refuse("L of at least 8 with room for 7 gaps", f"L {w.L}, S_kv {w.S_kv}")
+            raise WorkloadError(f"workload {w.name}: expected {letter} as a whole number above 0, got {value!r}")
+    if w.dist not in DISTRIBUTIONS or w.dtype not in DTYPE_BYTES:
+        known = f"dist {', '.join(DISTRIBUTIONS)} and dtype {', '.join(DTYPE_BYTES)}"
+        raise WorkloadError(f"workload {w.name}: expected {known}, got {w.dist} and {w.dtype}")
+    blocks = w.block_size is not None
+    room = f"with room for 7 gaps in S_kv = {w.S_kv}"
+    for wrong, expected, got in (
+        ((w.dist == "blocks") != blocks, "block_size with dist blocks and with no other", f"{w.dist}, {w.block_size}"),
+        (w.S_kv < w.L, f"L at most S_kv = {w.S_kv}", w.L),
+        (w.S != 1, "S = 1, one query a request", w.S),
+        (w.S_kv % (w.page_size or 1), f"S_kv as a multiple of page_size = {w.page_size}", w.S_kv),
+        (w.S_kv % (w.block_size or 1), f"S_kv as a multiple of block_size = {w.block_size}", w.S_kv),
+        (blocks and w.L != _blocks_l(w), f"L = min(n x block_size, S_kv) = {_blocks_l(w)}", w.L),
+        (not blocks and w.n != SPANS.get(w.dist), f"n = {SPANS.get(w.dist)} for dist {w.dist}", w.n),
+        (w.dist == "many" and (w.L % 8 or w.L + 7 > w.S_kv), f"L as a multiple of 8 {room}", w.L),
+        (w.dist == "mixed" and (w.L < 8 or w.L + 7 > w.S_kv), f"L of at least 8 {room}", w.L),
+    ):
+        if wrong:
+            raise WorkloadError(f"workload {w.name}: expected {expected}, got {got}")
+
+
+def _blocks_l(w: Workload) -> int:
+    return min(w.n * (w.block_size or 1), w.S_kv)
