@@ -26,33 +26,13 @@ FLOOR_MS = 0.004  # a launch
 PEER = "flex"
 Rows = list[dict[str, Any]]
 Facts = dict[str, Any]
-SUITE = """
-[[workload]]
-name = "plan-{dist}-L{L}-r{rows}"
-dist = ["few", "many", "mixed"]
-dtype = "bf16"
-rows = [8, 16]
-G = 2
-h = 4
-Dk = 128
-Dv = 128
-L = [64, 256, 1024]
-S_kv = 2048
-"""
-BLOCKS = """
-[[workload]]
-name = "nsa-paper{paged}-b{{B}}"
-dist = "blocks"
-dtype = "bf16"
-B = [1, 2]
-G = 4
-h = 16
-Dk = 192
-Dv = 128
-n = 16
-block_size = 64
-S_kv = 2048
-"""
+_BLOCKS = 'dist = "blocks", dtype = "bf16", B = [1, 2], G = 4, h = 16, Dk = 192, Dv = 128, n = 16, block_size = 64'
+SUITE = f"""workload = [
+{{name = "plan-{{dist}}-L{{L}}-r{{rows}}", dist = ["few", "many", "mixed"], dtype = "bf16", rows = [8, 16], G = 2,\
+ h = 4, Dk = 128, Dv = 128, L = [64, 256, 1024], S_kv = 2048}},
+{{name = "nsa-paper-b{{B}}", {_BLOCKS}, S_kv = 2048}},
+{{name = "nsa-paper-paged-b{{B}}", {_BLOCKS}, S_kv = 2048, page_size = 64}},
+]"""
 
 
 def honest(
@@ -75,8 +55,7 @@ def measured_here() -> dict[str, tuple[Rows, Facts]]:
     quick = ("--iters", 1, "--warmup", 0, "--device", "cpu")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        pages = BLOCKS.format(paged="-paged") + "page_size = 64\n"
-        (folder / "suite.toml").write_text(SUITE + BLOCKS.format(paged="") + pages)
+        (folder / "suite.toml").write_text(SUITE)
         names = ",".join(schema.HERE)
         run("bench", "--suite", folder / "suite.toml", "--backend", names, "--out", folder, *quick)
         run("decode", "--context", "1280,2048,4096", "--B", "1,2", "--out", folder, *quick)

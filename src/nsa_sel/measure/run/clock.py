@@ -170,18 +170,11 @@ def _launched(calls: Sequence[Call], device: torch.device, streams: int) -> Samp
 
 
 def _replayed(calls: Sequence[Call], device: torch.device, warmup: int) -> Sample:
-    flush = flush_of(device)
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):  # lazy set-up must not fall into the capture
-        for _ in range(max(1, warmup)):
-            for call in calls:
-                call()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    def all_calls() -> None:
         for call in calls:
             call()
+
+    flush, graph = flush_of(device), captured(all_calls, all_calls, device, warmup)
 
     def replay() -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -193,3 +186,17 @@ def _replayed(calls: Sequence[Call], device: torch.device, warmup: int) -> Sampl
         return start.elapsed_time(end) / len(calls)
 
     return replay
+
+
+def captured(warm: Call, run: Call, device: torch.device, warmup: int) -> torch.cuda.CUDAGraph:
+    """Return a CUDA graph of `run` after `warm` ran at least once: lazy set-up must not fall into the capture."""
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for _ in range(max(1, warmup)):
+            warm()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph

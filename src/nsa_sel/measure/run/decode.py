@@ -13,7 +13,16 @@ import torch
 
 from nsa_sel.backends import sdpa
 from nsa_sel.measure import schema
-from nsa_sel.measure.run.clock import ModeError, columns, figure, flush_of, measuring, median_interval, quantiles
+from nsa_sel.measure.run.clock import (
+    ModeError,
+    captured,
+    columns,
+    figure,
+    flush_of,
+    measuring,
+    median_interval,
+    quantiles,
+)
 from nsa_sel.measure.run.decode_step import DecodeStep
 from nsa_sel.measure.run.environment import clocks, device_columns
 from nsa_sel.measure.run.race import counts, proof
@@ -152,10 +161,7 @@ def context_tokens(context: int) -> int:
 def _pair(step: DecodeStep, mode: str, device: torch.device, warmup: int) -> Pair:
     if device.type != "cuda":
         return _cpu_pair(step)
-    if mode == "eager":
-        staged, whole = _eager_sampler(step, device, len(STAGES) + 1), _eager_sampler(step, device, 0)
-    else:
-        staged, whole = _graph_sampler(step, device, warmup, len(STAGES) + 1), _graph_sampler(step, device, warmup, 0)
+    staged, whole = (_gpu_sampler(step, mode, device, warmup, marks) for marks in (True, False))
     return lambda: (staged(), whole()[0])
 
 
@@ -192,47 +198,26 @@ def _cpu_pair(step: DecodeStep) -> Pair:
     return sample
 
 
-def _eager_sampler(step: DecodeStep, device: torch.device, marks: int) -> Sample:
-    flush = flush_of(device)
-
-    def sample() -> list[float]:
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(marks or 2)]
-        flush()  # other layers would have pushed this one's caches out of L2
-        torch.cuda.synchronize(device)
-        if marks:
-            step.run(lambda index: events[index].record())
-        else:
-            events[0].record()
-            step.run()
-            events[1].record()
-        torch.cuda.synchronize(device)
-        return [start.elapsed_time(end) for start, end in itertools.pairwise(events)]
-
-    return sample
-
-
-def _graph_sampler(step: DecodeStep, device: torch.device, warmup: int, marks: int) -> Sample:
-    flush = flush_of(device)
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):  # lazy set-up must not fall into the capture
-        for _ in range(warmup):
-            step.run()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
+def _gpu_sampler(step: DecodeStep, mode: str, device: torch.device, warmup: int, marks: bool) -> Sample:
+    """Return a sampler of one step with a mark around every stage, or around the whole of it."""
+    flush, inside = flush_of(device), marks and mode == "graph"
     # External events become nodes of the graph and are recorded by every replay; others would only order its streams.
-    events = [torch.cuda.Event(enable_timing=True, external=bool(marks)) for _ in range(marks or 2)]
-    with torch.cuda.graph(graph):
+    events = [torch.cuda.Event(enable_timing=True, external=inside) for _ in range(len(STAGES) + 1 if marks else 2)]
+
+    def run() -> None:
         step.run((lambda index: events[index].record()) if marks else None)
 
+    once = captured(step.run, run, device, warmup).replay if mode == "graph" else run
+
     def sample() -> list[float]:
-        flush()
-        if marks:
-            graph.replay()
-        else:
+        flush()  # other layers would have pushed this one's caches out of L2
+        if mode == "eager":
+            torch.cuda.synchronize(device)  # an idle GPU: launches are not hidden behind the flush
+        if not marks:
             events[0].record()
-            graph.replay()
-            events[1].record()
+        once()
+        if not marks:
+            events[-1].record()
         torch.cuda.synchronize(device)
         return [start.elapsed_time(end) for start, end in itertools.pairwise(events)]
 
