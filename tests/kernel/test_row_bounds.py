@@ -122,3 +122,26 @@ def test_lse_with_an_infinite_logit_is_that_of_torch(token: int, value: str, num
     assert torch.allclose(run.lse[0, 0, 0], expected, rtol=1e-5, equal_nan=True)
     softmax = torch.softmax(logits, -1) @ v[0, 0].float()
     assert torch.equal(run.out[0, 0, 0].isnan(), softmax.isnan())
+
+
+# Slots, and tokens of a slot; 9,000 slots are more than the totals that are kept while a row is counted.
+@DEVICES
+@pytest.mark.parametrize("num_splits", [1, 5])
+@pytest.mark.parametrize(("n", "size"), [(513, 4), (1025, 1), (2051, 1), (4096, 4), (9000, 1)])
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_many_short_spans(blocks: bool, index: torch.dtype, n: int, size: int, num_splits: int, device: Device) -> None:
+    generator = torch.Generator().manual_seed(n)
+    S_kv = 3 * n * size // 2
+    ids = torch.randperm(S_kv // size, generator=generator)[:n].sort().values
+    ids[torch.rand(n, generator=generator) < (0.9 if n > 4096 else 0.3)] = -1  # slots that select nothing
+    ids[:40] = -1  # the first chunk is empty
+    ids = ids.view(1, 1, 1, n).to(index)
+    spans = torch.stack([ids * size, ids * size + size], -1).clamp(min=0)
+    selection = dict(block_indices=ids, block_size=size) if blocks else dict(ranges=spans)
+    inputs = make_inputs(**selection, h=1, Dk=64, Dv=64, S_kv=S_kv, dtype=torch.bfloat16)
+    result = host_run.selection_attention(
+        **inputs.arguments(return_lse=True), num_splits=num_splits, options=Options(device=device)
+    )
+    assert result.findings == []
+    assert_matches_reference(result.out, result.lse, inputs)
