@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from tests.machine_code import __main__ as command
-from tests.machine_code import bandwidth, clock
+from tests.machine_code import bandwidth, clock, selection_attention
 from tests.machine_code.native import Model
 
 # Clocks at most, by the model; a change of the kernel that costs more has to say why it is worth it.
@@ -47,3 +48,19 @@ def test_what_the_model_assumes_moves_what_it_should() -> None:
 def test_more_requests_reach_a_larger_share_of_the_bandwidth() -> None:
     shares = [bandwidth.share(bandwidth.SHAPES[0], B, bandwidth.H200) for B in (1, 8, 64)]
     assert 0 < shares[0] < shares[1] < shares[2] < 1
+
+
+def first_key(n: int, l2: int) -> float:
+    """Return when the first byte of K is asked for, of a row that selects n blocks of 4 tokens."""
+    q, k, v = (torch.ones(1, 1, *shape).bfloat16() for shape in ((1, 16, 192), (8 * n, 192), (8 * n, 128)))
+    ids = torch.arange(0, 2 * n, 2, dtype=torch.int32).view(1, 1, 1, n)
+    run = selection_attention(q, k, v, block_indices=ids, block_size=4, num_splits=1, model=Model(l2=l2), clusters=1)
+    return run.decode.marks["copy of k"]
+
+
+def test_counting_takes_one_trip_to_memory_for_1024_slots() -> None:
+    trips = {n: (first_key(n, 1280) - first_key(n, 280)) / 1000 for n in (32, 1024, 2048, 4096)}
+    assert trips[32] <= 1
+    assert trips[1024] <= 3  # the row's lengths and first spans, all spans, the second 32 spans
+    assert trips[2048] - trips[1024] == pytest.approx(1, abs=0.1)
+    assert trips[4096] - trips[1024] == pytest.approx(3, abs=0.1)

@@ -95,6 +95,19 @@ def test_every_instance_with_bulk_copies(dims: tuple[int, int], dtype: torch.dty
             run(ragged(dtype, dims, h, torch.int32, page_size), "sm_90", loads="bulk", **cut)
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("cut", ["whole", "three"])
+@pytest.mark.parametrize(("n", "size", "index"), [(513, 4, torch.int32), (2051, 1, torch.int64)])
+@pytest.mark.parametrize("blocks", [False, True])
+def test_many_short_spans(blocks: bool, n: int, size: int, index: torch.dtype, cut: str, arch: str) -> None:
+    ids = torch.arange(0, 2 * n, 2).to(index).view(1, 1, 1, n)
+    ids[..., 5:60] = -1  # slots that select nothing, a whole chunk of them too
+    selection: dict[str, Any] = {"block_indices": ids, "block_size": size}
+    if not blocks:
+        selection = {"ranges": torch.stack([ids * size, ids * size + size], -1).clamp(min=0)}
+    run(make_inputs(**selection, h=3, Dk=64, Dv=64, S_kv=2 * n * size, dtype=torch.bfloat16), arch, **CUTS[cut])
+
+
 # What the emulator counts once a warp, and the opcodes of it. Barriers of a block are counted by meetings.
 SAME = {
     "MMA": ("HMMA",),
