@@ -42,6 +42,7 @@ class Case:
     layout: str = "contiguous"
     counts: tuple[int, ...] | None = None  # again and again, as many as there are rows
     table_rows: tuple[int, ...] | None = None
+    kv_scope: str | None = None  # a float8 cache and what shares a scale in it, as make_inputs has it
     seed: int = 0
     heavy: bool = False  # many tokens: a backend that runs in slow motion may leave it to its own longer suite
     options: dict[str, object] = field(default_factory=dict)  # more keywords of the call
@@ -61,7 +62,8 @@ class Case:
             h=self.h, Dk=self.Dk, Dv=self.Dv, S_kv=self.S_kv, dtype=self.dtype,
             seq_lens=None if self.seq_lens is None else list(self.seq_lens),
             page_size=self.page_size, causal=self.causal, softmax_scale=self.softmax_scale, layout=self.layout,
-            counts=counts, table_rows=None if self.table_rows is None else list(self.table_rows), seed=self.seed,
+            counts=counts, table_rows=None if self.table_rows is None else list(self.table_rows),
+            kv_scope=self.kv_scope, seed=self.seed,
         )  # fmt: skip
 
 
@@ -266,6 +268,60 @@ def _pages() -> list[Case]:
     ]  # fmt: skip
 
 
+SCOPES = ("none", "number", "tensor", "group", "token")
+
+
+def _fp8() -> list[Case]:
+    """A float8 cache: every scope of scales, and what else a call has beside "token", which has most to go wrong."""
+    base = Case("", spans(60), n=3, G=2, kv_scope="token", seed=60)
+    pages = replace(base, B=2, page_size=16, seq_lens=(256, 90))
+    dims = [
+        replace(
+            base, name=f"fp8-dims-{Dk}x{Dv}-{text}-{scope}", Dk=Dk, Dv=Dv, dtype=dtype, kv_scope=scope, seed=Dk + Dv
+        )
+        for Dk, Dv in KERNEL_DIMS
+        for dtype, text in ((torch.float16, "fp16"), (torch.bfloat16, "bf16"))
+        for scope in ("group", "token")
+    ]
+    return [
+        *(replace(base, name=f"fp8-{scope}", kv_scope=scope) for scope in SCOPES),
+        *(replace(pages, name=f"fp8-pages-{scope}", kv_scope=scope) for scope in SCOPES),
+        *dims,
+        *(replace(base, name=f"fp8-h{h}", h=h, seed=h) for h in (1, 3, 16, 17, 33, 64)),
+        replace(base, name="fp8-h64-group", h=64, G=3, kv_scope="group"),
+        replace(base, name="fp8-one-group", G=1, kv_scope="group"),
+        replace(base, name="fp8-empty-rows", select=fixed([[[3, 3], [9, 1]], [[0, 20], [30, 33]]]), B=2),
+        replace(base, name="fp8-one-token", select=fixed([[[7, 8]], [[255, 256]]])),
+        replace(base, name="fp8-tile-edges", select=fixed([[[0, 63]], [[0, 64]], [[0, 65]], [[1, 129]]]), B=2),
+        replace(base, name="fp8-many-tiny-spans", select=spans(3), n=50, S_kv=512),
+        replace(base, name="fp8-hostile-int32", select=hostile(_EDGES_32), B=2, n=6),
+        replace(base, name="fp8-hostile-int64", select=hostile(_EDGES_64), B=2, n=6, index_dtype=torch.int64),
+        replace(base, name="fp8-scale-negative", softmax_scale=-0.125),
+        replace(base, name="fp8-draft-causal", select=spans(300), S=3, G=1),
+        replace(base, name="fp8-counts", select=spans(100), B=4, n=4, counts=(1, 0, 4, 2)),
+        replace(base, name="fp8-blocks", select=blocks(1), block_size=64, n=4, S_kv=512),
+        replace(base, name="fp8-blocks-int64-overflow", select=block_ids([2**57, 2**58, INT64_MAX, INT64_MIN, 2]),
+                block_size=64, index_dtype=torch.int64),
+        replace(base, name="fp8-tokens-first", layout="tokens_first", G=3),
+        replace(base, name="fp8-packed", layout="packed", Dk=128, Dv=64),
+        replace(base, name="fp8-many-rows", select=spans(20), B=6, S=2, h=2),
+        replace(base, name="fp8-rows-of-very-different-length", S_kv=512, B=4, h=2,
+                select=fixed([[[0, 1]], [[0, 500]], [[7, 9]], [[3, 130]]])),
+        replace(base, name="fp8-nsa-paper-short", select=blocks(), G=1, h=16, Dk=192, Dv=128, block_size=64, S_kv=512),
+        replace(base, name="fp8-dims-80x40-token", Dk=80, Dv=40),
+        replace(pages, name="fp8-pages-packed", page_size=64, layout="packed"),
+        replace(pages, name="fp8-pages-tokens-first", layout="tokens_first"),
+        replace(pages, name="fp8-pages-blocks", select=blocks(1), block_size=64, page_size=64),
+        replace(pages, name="fp8-pages-hostile", select=hostile(_EDGES_32), n=5),
+        replace(pages, name="fp8-pages-draft", S=3),
+        replace(pages, name="fp8-table-rows", B=6, seq_lens=(200, 201, 202, 90, 91, 17),
+                table_rows=(0, 0, 0, 1, -1, 2)),
+        replace(pages, name="fp8-pages-minimax-m3", select=blocks(), block_size=128, page_size=128, n=2, S_kv=512, h=16,
+                Dk=128, Dv=128, G=1, seq_lens=(512, 300)),
+        replace(base, name="fp8-L-4096", select=fixed([[[0, 2048], [2048, 4096]]]), G=1, S_kv=4096, heavy=True),
+    ]  # fmt: skip
+
+
 def _layouts() -> list[Case]:
     return [
         Case("tokens-first", spans(60), layout="tokens_first", G=3, seed=32),
@@ -293,6 +349,7 @@ CASES: tuple[Case, ...] = (
     *_pages(),
     *_counts(),
     *_table_rows(),
+    *_fp8(),
     *_layouts(),
     *_long(),
 )

@@ -28,8 +28,8 @@ CONFIGURATION = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 DOCTESTED = (
     "nsa_sel", "nsa_sel._build", "nsa_sel.api", "nsa_sel.cli.demo", "nsa_sel.distributed", "nsa_sel.facts",
-    "nsa_sel.integrations.vllm", "nsa_sel.merge", "nsa_sel.policy", "nsa_sel.ranges", "nsa_sel.reference",
-    "nsa_sel.routing", "nsa_sel.stats", "nsa_sel.switches", "nsa_sel.testing",
+    "nsa_sel.integrations.vllm", "nsa_sel.merge", "nsa_sel.policy", "nsa_sel.quantize", "nsa_sel.ranges",
+    "nsa_sel.reference", "nsa_sel.routing", "nsa_sel.stats", "nsa_sel.switches", "nsa_sel.testing",
 )  # fmt: skip
 
 
@@ -75,7 +75,7 @@ COMPOSING = re.findall(
 )
 
 
-@pytest.mark.parametrize("example", COMPOSING, ids=["window", "branches", "numpy", "jax", "graphs"])
+@pytest.mark.parametrize("example", COMPOSING, ids=["window", "branches", "float8", "numpy", "jax", "graphs"])
 def test_examples_of_merging_arrays_and_graphs_run(example: str) -> None:
     if "import jax" in example:
         pytest.importorskip("jax", reason="JAX is not installed (the extra `test` has it)")

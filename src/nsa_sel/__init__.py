@@ -23,6 +23,7 @@ from nsa_sel.errors import (
 )
 from nsa_sel.execute import refresh_routing
 from nsa_sel.merge import merge_states
+from nsa_sel.quantize import quantize_kv
 from nsa_sel.ranges import blocks_to_ranges, merge_ranges
 from nsa_sel.routing import Decision
 from nsa_sel.stats import reset_stats, stats
@@ -44,6 +45,7 @@ __all__ = [
     "explain",
     "merge_ranges",
     "merge_states",
+    "quantize_kv",
     "refresh_routing",
     "reset_stats",
     "selection_attention",

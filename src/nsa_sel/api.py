@@ -29,6 +29,8 @@ def selection_attention(
     block_table: torch.Tensor | None = None,
     table_rows: torch.Tensor | None = None,
     causal: bool = True,
+    k_scale: float | torch.Tensor | None = None,
+    v_scale: float | torch.Tensor | None = None,
     max_selected: int | None = None,
     softmax_scale: float | None = None,
     return_lse: bool = False,
@@ -54,7 +56,8 @@ def selection_attention(
 
     Args:
         q: queries [B, S, G, h, Dk]; fp16 or bf16 (fp32 and fp64: fallback only).
-        k: keys [B, G, S_kv, Dk], paged: [P, G, page_size, Dk]; only the last dimension must be contiguous.
+        k: keys [B, G, S_kv, Dk], paged: [P, G, page_size, Dk]; only the last dimension must be contiguous. In q's
+            dtype or, with q in fp16 or bf16, in float8_e4m3fn, and v likewise.
         v: values [B, G, S_kv, Dv], paged: [P, G, page_size, Dv].
         ranges: half-open token spans [B, S, G, n, 2], int32 or int64, any values; `end <= start` is an unused slot.
         block_indices: instead of ranges, block ids [B, S, G, n], int32 or int64; negative: unused slot.
@@ -67,17 +70,21 @@ def selection_attention(
         table_rows: row of block_table that each batch entry uses [B], int32, so that the query tokens of one request
             can be entries of their own. Outside [0, R): the entry selects nothing. None: entry b uses row b.
         causal: query s sees `max(0, seq_len - S + s + 1)` tokens; False: all `seq_len`.
+        k_scale: of a float8 k, which has the values `k * k_scale`: a number, or fp32 [1] (or []), [G], or one for each
+            token and group [B, G, S_kv], paged: [P, G, page_size], any strides. Those of unselected tokens may hold
+            anything. None: 1. `quantize_kv` makes them.
+        v_scale: the same for v.
         max_selected: promise that no row selects more tokens; steers speed and routing. Results stay right if it is
             broken, but for spans on "sdpa" in a captured CUDA graph, where the rows that break it are NaN.
         softmax_scale: default `Dk ** -0.5`.
         return_lse: also return the natural log-sum-exp of the scaled logits.
         batch_invariant: a row's bits do not depend on the rest of the batch.
-        out: tensor [B, S, G, h, Dv] of v's dtype to write to; its last dimension must be contiguous, and it must not
+        out: tensor [B, S, G, h, Dv] of q's dtype to write to; its last dimension must be contiguous, and it must not
             share memory with any other argument or with itself.
         backend: "auto", "cuda", "triton" or "sdpa".
 
     Returns:
-        out [B, S, G, h, Dv] in v's dtype, and with `return_lse` lse [B, S, G, h] in fp32. A row with nothing
+        out [B, S, G, h, Dv] in q's dtype, and with `return_lse` lse [B, S, G, h] in fp32. A row with nothing
         selected gives out = 0 and lse = -inf.
 
     Raises:
@@ -87,8 +94,8 @@ def selection_attention(
     """
     attend = ops.attend if is_compiling() and isinstance(q, torch.Tensor) else entry.attend
     return attend(
-        q, k, v, ranges, block_indices, block_size, counts, seq_lens, block_table, table_rows, causal, max_selected,
-        softmax_scale, return_lse, batch_invariant, out, backend,
+        q, k, v, ranges, block_indices, block_size, counts, seq_lens, block_table, table_rows, causal, k_scale, v_scale,
+        max_selected, softmax_scale, return_lse, batch_invariant, out, backend,
     )  # fmt: skip
 
 

@@ -27,6 +27,8 @@ class Call:
     seq_lens: torch.Tensor | None = None  # [B] int32
     block_table: torch.Tensor | None = None  # [R, max_pages] int32
     table_rows: torch.Tensor | None = None  # [B] int32
+    k_scale: torch.Tensor | None = None  # fp32 [1] | [G] | [B, G, S_kv], paged: [P, G, page_size]; None: 1
+    v_scale: torch.Tensor | None = None  # as k_scale
     out: torch.Tensor | None = None  # [B, S, G, h, Dv]
 
     B: int  # batch entries
@@ -42,12 +44,14 @@ class Call:
     num_tables: int = 0  # R, rows of block_table; 0 where the cache is not paged
     block_size: int = 0  # l_sel in tokens, at most S_kv; 0 for ranges
 
-    dtype: str  # "float16" | "bfloat16" | "float32" | "float64"
+    dtype: str  # of q and out: "float16" | "bfloat16" | "float32" | "float64"
+    kv_dtype: str = ""  # of k and v: "float8_e4m3fn", or that of q, which stands for ""
     device_type: str = "cpu"  # "cpu" | "cuda" | what else torch calls a device
     device_index: int = 0
     causal: bool = True
     max_selected: int | None = None  # a bound of L in tokens
-    scale: float  # of the logits
+    scale: float  # of the logits; a k_scale that was given as a number is a factor of it
+    v_factor: float = 1.0  # of out: a v_scale that was given as a number
     return_lse: bool = False
     batch_invariant: bool = False
     requires_grad: bool = False
@@ -57,6 +61,7 @@ class Call:
 
     def __post_init__(self) -> None:
         """Derive every bound, here and nowhere else."""
+        self.kv_dtype = self.kv_dtype or self.dtype
         self.rows = self.B * self.S * self.G
         if self.block_size > self.S_kv:
             self.block_size = max(self.S_kv, 1)
@@ -78,21 +83,43 @@ class Call:
         """Whether k and v are pools of pages."""
         return self.block_table is not None
 
+    @property
+    def fp8(self) -> bool:
+        """Whether k and v are float8_e4m3fn, with or without scales."""
+        return self.kv_dtype == "float8_e4m3fn"
+
+    def scale_strides(self, scale: torch.Tensor | None) -> tuple[int, int, int]:
+        """Return the strides by which k_scale or v_scale goes along with k's first three dimensions, in elements.
+
+        A stride is 0 where the scale does not depend on that dimension: all of them for one scale of the whole cache,
+        all but that of the group for [G].
+        """
+        if scale is None:
+            return 0, 0, 0
+        if scale.dim() == 3:
+            s0, s1, s2 = scale.stride()
+            return s0, s1, s2
+        return 0, scale.stride(0) if scale.numel() > 1 else 0, 0
+
     def arguments(self) -> dict[str, object]:
-        """Return the arguments of `check` that give this call again, but for out."""
+        """Return the arguments of `check` that give this call again, but for out.
+
+        A k_scale that was a number is in the softmax_scale.
+        """
         return {
             "q": self.q, "k": self.k, "v": self.v, "ranges": self.ranges, "block_indices": self.block_indices,
             "block_size": self.block_size or None, "counts": self.counts, "seq_lens": self.seq_lens,
             "block_table": self.block_table, "table_rows": self.table_rows, "causal": self.causal,
             "max_selected": self.max_selected, "softmax_scale": self.scale, "return_lse": self.return_lse,
-            "batch_invariant": self.batch_invariant,
+            "batch_invariant": self.batch_invariant, "k_scale": self.k_scale,
+            "v_scale": self.v_factor if self.fp8 and self.v_scale is None else self.v_scale,
         }  # fmt: skip
 
     def unreadable(self) -> str | None:
         """Say which tensor's memory does not hold its values, so that no kernel can read it; None where all do."""
         for tensor in (
             self.q, self.k, self.v, self.ranges, self.block_indices, self.counts, self.seq_lens, self.block_table,
-            self.table_rows, self.out,
+            self.table_rows, self.k_scale, self.v_scale, self.out,
         ):  # fmt: skip
             if tensor is not None and (tensor.is_neg() or (not tensor.data_ptr() and tensor.numel())):
                 name = next(name for name in self.__slots__ if getattr(self, name) is tensor)

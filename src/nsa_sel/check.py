@@ -24,6 +24,8 @@ DTYPE_NAMES = {
     torch.float64: "float64",
 }
 _FLOATS = tuple(DTYPE_NAMES)
+_FP8 = torch.float8_e4m3fn
+_CACHES = {dtype: (dtype, _FP8) if dtype.itemsize == 2 else (dtype,) for dtype in _FLOATS}  # of k, by q's dtype
 _INDICES = (torch.int32, torch.int64)
 _COUNTS = (torch.int32,)
 _MOST_TOKENS = 2**62  # sums of two token ids stay in 64 bits
@@ -41,6 +43,8 @@ def check(
     block_table: torch.Tensor | None = None,
     table_rows: torch.Tensor | None = None,
     causal: bool = True,
+    k_scale: float | torch.Tensor | None = None,
+    v_scale: float | torch.Tensor | None = None,
     max_selected: int | None = None,
     softmax_scale: float | None = None,
     return_lse: bool = False,
@@ -66,16 +70,16 @@ def check(
         raise _not_contiguous("q", q)
 
     if block_table is None:
-        _require("k", k, (dtype,), (B, G, None, Dk), ("B", "G", "S_kv", "Dk"), device)
+        _require("k", k, _CACHES[dtype], (B, G, None, Dk), ("B", "G", "S_kv", "Dk"), device)
         S_kv = k.shape[2]
-        _require("v", v, (dtype,), (B, G, S_kv, None), ("B", "G", "S_kv", "Dv"), device)
+        _require("v", v, (k.dtype,), (B, G, S_kv, None), ("B", "G", "S_kv", "Dv"), device)
         page_size = num_pages = num_tables = 0
     else:
-        _require("k", k, (dtype,), (None, G, None, Dk), ("P", "G", "page_size", "Dk"), device)
+        _require("k", k, _CACHES[dtype], (None, G, None, Dk), ("P", "G", "page_size", "Dk"), device)
         num_pages, _, page_size, _ = k.shape
-        _require("v", v, (dtype,), (num_pages, G, page_size, None), ("P", "G", "page_size", "Dv"), device)
+        _require("v", v, (k.dtype,), (num_pages, G, page_size, None), ("P", "G", "page_size", "Dv"), device)
         if page_size < 1:
-            raise _mismatch("k", k, (dtype,), "[P, G, page_size >= 1, Dk]")
+            raise _mismatch("k", k, (k.dtype,), "[P, G, page_size >= 1, Dk]")
         tables, letter = (B, "B") if table_rows is None else (None, "R")
         _require("block_table", block_table, _COUNTS, (tables, None), (letter, "max_pages"), device)
         num_tables = block_table.shape[0]
@@ -88,7 +92,7 @@ def check(
         _require("table_rows", table_rows, _COUNTS, (B,), ("B",), device, False)
     Dv = v.shape[3]
     if not Dv:
-        raise _mismatch("v", v, (dtype,), "a last dimension Dv >= 1 in [..., Dv]")
+        raise _mismatch("v", v, (v.dtype,), "a last dimension Dv >= 1 in [..., Dv]")
 
     if ranges is not None:
         if block_indices is not None:
@@ -115,7 +119,15 @@ def check(
         max_selected = _integer("max_selected", max_selected, 0, "or None")
     scale = Dk**-0.5 if softmax_scale is None else _finite("softmax_scale", softmax_scale)
 
+    v_factor = 1.0
+    if k_scale is not None:
+        k_scale, k_factor = check_scale("k_scale", k_scale, k)
+        scale *= k_factor
+    if v_scale is not None:
+        v_scale, v_factor = check_scale("v_scale", v_scale, v)
     requires_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if requires_grad:
+        refuse_gradients({"k": k, "v": v})
     refuse_tangents({"q": q, "k": k, "v": v})
     if out is not None:
         check_out(out, (B, S, G, h, Dv), dtype, device, requires_grad)
@@ -124,22 +136,45 @@ def check(
             {
                 "q": q, "k": k, "v": v, "ranges": ranges, "block_indices": block_indices, "counts": counts,
                 "seq_lens": seq_lens, "block_table": block_table, "table_rows": table_rows,
+                "k_scale": k_scale, "v_scale": v_scale,
             },
         )  # fmt: skip
 
     device_type, device_index = devices.place(device)
     return Call(
         q=q, k=k, v=v, ranges=ranges, block_indices=block_indices, counts=counts, seq_lens=seq_lens,
-        block_table=block_table, table_rows=table_rows, out=out,
+        block_table=block_table, table_rows=table_rows, k_scale=k_scale, v_scale=v_scale, out=out,
         B=B, S=S, G=G, h=h, Dk=Dk, Dv=Dv, S_kv=S_kv, n=n,
         page_size=page_size, num_pages=num_pages, num_tables=num_tables, block_size=block_size or 0,
-        dtype=DTYPE_NAMES[dtype], device_type=device_type, device_index=device_index,
+        dtype=DTYPE_NAMES[dtype], kv_dtype="float8_e4m3fn" if k.dtype is _FP8 else "", v_factor=v_factor,
+        device_type=device_type, device_index=device_index,
         causal=causal, max_selected=max_selected, scale=scale, return_lse=return_lse, batch_invariant=batch_invariant,
         requires_grad=requires_grad,
     )  # fmt: skip
 
 
 PARAMETERS = inspect.signature(check).parameters  # those of `selection_attention`, in its order, but for backend
+
+
+def check_scale(name: str, value: object, cache: torch.Tensor) -> tuple[torch.Tensor | None, float]:
+    """Return the scale of a float8 cache as a tensor of one or three dimensions, or as a factor (else 1)."""
+    if value is None:
+        return None, 1.0
+    if cache.dtype is not _FP8:
+        got = _short(cache.dtype)
+        raise ArgumentError(f"{name}: expected None where {name[0]} is not float8_e4m3fn, got one with {got}")
+    if not isinstance(value, torch.Tensor):
+        return None, _finite(name, value, "a finite float, a float32 tensor or None")
+    if value.layout is not torch.strided:
+        raise _not_a_tensor(name, value)
+    if value.dtype is not torch.float32 or tuple(value.shape) not in ((), (1,), cache.shape[1:2], cache.shape[:3]):
+        sizes = ", ".join(map(str, cache.shape[:3]))
+        raise _mismatch(name, value, (torch.float32,), f"[], [1], [G={cache.shape[1]}] or [{sizes}] like {name[0]}")
+    if value.device != cache.device:
+        raise ArgumentError(f"{name}: expected device {cache.device} (that of {name[0]}), got {value.device}")
+    if value.requires_grad and torch.is_grad_enabled():
+        raise AutogradError(f"{name}: expected no gradient to be required (a scale has none), got requires_grad=True")
+    return value.reshape(1) if value.dim() == 0 else value, 1.0
 
 
 def _not_a_tensor(name: str, value: object) -> Exception:
@@ -208,17 +243,17 @@ def _integer(name: str, value: object, least: int, note: str) -> int:
     return int(value)
 
 
-def _finite(name: str, value: object) -> float:
+def _finite(name: str, value: object, wanted: str = "a finite float or None") -> float:
     if type(value) is float and math.isfinite(value):  # an ABC takes its time
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ArgumentTypeError(f"{name}: expected a finite float or None, got {type(value).__name__} {value!r}")
+        raise ArgumentTypeError(f"{name}: expected {wanted}, got {type(value).__name__} {value!r}")
     try:
         found = float(value)
     except OverflowError:
-        raise ArgumentError(f"{name}: expected a finite float or None, got a number beyond every float") from None
+        raise ArgumentError(f"{name}: expected {wanted}, got a number beyond every float") from None
     if not math.isfinite(found):
-        raise ArgumentError(f"{name}: expected a finite float or None, got {value!r}")
+        raise ArgumentError(f"{name}: expected {wanted}, got {value!r}")
     return found
 
 
@@ -226,6 +261,14 @@ def flag(name: str, value: object) -> None:
     """Require a bool."""
     if value is not True and value is not False:
         raise ArgumentTypeError(f"{name}: expected a bool, got {type(value).__name__} {value!r}")
+
+
+def refuse_gradients(caches: dict[str, torch.Tensor]) -> None:
+    """Refuse gradients of a float8 cache: only q has one, and a missing one reads as zero."""
+    for name, tensor in caches.items():
+        if tensor.requires_grad and tensor.dtype is _FP8:
+            got = "requires_grad=True"
+            raise AutogradError(f"{name}: expected no gradient to be required of a float8_e4m3fn cache, got {got}")
 
 
 def refuse_tangents(tensors: dict[str, torch.Tensor]) -> None:

@@ -94,7 +94,11 @@ def _sampled(call: Call) -> list[tuple[int, int, int]]:
 def _shape(call: Call) -> str:
     p = call
     bound = "unknown" if p.max_selected is None else p.max_selected
-    return f"B={p.B} S={p.S} G={p.G} h={p.h} Dk={p.Dk} Dv={p.Dv} S_kv={p.S_kv} n={p.n} {p.dtype} L bound {bound}"
+    return f"B={p.B} S={p.S} G={p.G} h={p.h} Dk={p.Dk} Dv={p.Dv} S_kv={p.S_kv} n={p.n} {_dtypes(p)} L bound {bound}"
+
+
+def _dtypes(call: Call) -> str:
+    return f"{call.dtype} on {call.kv_dtype}" if call.fp8 else call.dtype
 
 
 def _capturing(call: Call) -> bool:

@@ -31,6 +31,8 @@ def selection_attention(
     block_table: torch.Tensor | None = None,
     table_rows: torch.Tensor | None = None,
     causal: bool = True,
+    k_scale: float | torch.Tensor | None = None,
+    v_scale: float | torch.Tensor | None = None,
     max_selected: int | None = None,
     softmax_scale: float | None = None,
     return_lse: bool = False,
@@ -44,7 +46,8 @@ def selection_attention(
 
     Equivalent to `nsa_sel.selection_attention` on the whole cache: each rank attends to what it holds of the selected
     tokens, one collective exchanges these parts and their log-sum-exp, and each rank merges them in the order of ranks,
-    so that every rank and every run gets the same bits. All ranks make the same call; only k, v and block_table differ.
+    so that every rank and every run gets the same bits. All ranks make the same call; only k, v, their scales and
+    block_table differ.
 
     Rank r of W, whose cache has room for N tokens, holds tokens [r N, (r + 1) N) of every request. With `interleave=m`
     it holds every W-th run of m tokens instead: token t lies on rank t // m % W, behind that rank's earlier tokens.
@@ -57,6 +60,8 @@ def selection_attention(
         v: this rank's values [B, G, N, Dv], paged: [P, G, page_size, Dv].
         block_table: this rank's pages [B, max_pages], with table_rows [R, max_pages], int32; N is then max_pages *
             page_size.
+        k_scale: this rank's scales of a float8 k, as in `nsa_sel.selection_attention`.
+        v_scale: this rank's scales of a float8 v.
         return_lse: also return lse.
         group: the process group; None: the default one. NCCL for CUDA tensors, gloo for CPU tensors.
         interleave: tokens per run, a divisor of N; None: one run, of N tokens.
@@ -64,7 +69,7 @@ def selection_attention(
             must divide G, or be a multiple of G whose quotient divides h.
 
     Returns:
-        out [B, S, G, h, Dv] in v's dtype, and with `return_lse` lse [B, S, G, h] in fp32; with `shard_heads` out is
+        out [B, S, G, h, Dv] in q's dtype, and with `return_lse` lse [B, S, G, h] in fp32; with `shard_heads` out is
         [B, S, G / W, h, Dv], or [B, S, 1, G h / W, Dv] where W > G, and lse likewise.
 
     Raises:
@@ -80,8 +85,8 @@ def selection_attention(
     call = check(
         q, k, v, ranges,
         block_indices=block_indices, block_size=block_size, counts=counts, seq_lens=seq_lens, block_table=block_table,
-        table_rows=table_rows, causal=causal, max_selected=max_selected, softmax_scale=softmax_scale,
-        return_lse=return_lse, batch_invariant=batch_invariant,
+        table_rows=table_rows, causal=causal, k_scale=k_scale, v_scale=v_scale, max_selected=max_selected,
+        softmax_scale=softmax_scale, return_lse=return_lse, batch_invariant=batch_invariant,
     )  # fmt: skip
     if call.requires_grad:
         raise AutogradError("q, k, v: expected no gradients to be required (a distributed call has none), got some")
@@ -97,8 +102,8 @@ def selection_attention(
     out, lse = api.selection_attention(
         q, k, v, local_ranges,
         counts=counts, seq_lens=local_lens, block_table=block_table, table_rows=table_rows, causal=False,
-        max_selected=max_selected, softmax_scale=softmax_scale, return_lse=True, batch_invariant=batch_invariant,
-        backend=backend,
+        k_scale=k_scale, v_scale=v_scale, max_selected=max_selected, softmax_scale=softmax_scale, return_lse=True,
+        batch_invariant=batch_invariant, backend=backend,
     )  # fmt: skip
     if world > 1:
         out, lse = merge_states(*_exchange(out, lse, shard, group, sharded))

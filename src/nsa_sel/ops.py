@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from nsa_sel import execute
 from nsa_sel.backends import sdpa
 from nsa_sel.call import Call
-from nsa_sel.check import PARAMETERS, check, check_out, flag, refuse_tangents
+from nsa_sel.check import PARAMETERS, check, check_out, check_scale, flag, refuse_gradients, refuse_tangents
 from nsa_sel.errors import AutogradError, BackendError
 
 _TYPES = {
@@ -24,6 +24,7 @@ _TYPES = {
     "torch.Tensor | None": "Tensor?",
     "int | None": "SymInt?",
     "float | None": "float?",
+    "float | torch.Tensor | None": "Tensor?",  # a number is made a tensor
     "bool": "bool",
 }
 # The operator takes the arguments of `check` one by one: all but out, which is copied to, then these two.
@@ -75,11 +76,22 @@ def attend(*arguments: Any) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     refuse_tangents({"q": q, "k": k, "v": v})
     # below autograd, where the operator runs, tensors no longer tell whether gradients will be asked of them
     requires_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if requires_grad:
+        refuse_gradients({"k": k, "v": v})
+    for name, cache in (("k_scale", k), ("v_scale", v)):
+        place = _NAMES.index(name)
+        given: Any = values[place]
+        factor: Any = 1.0
+        if torch.compiler.is_compiling() and isinstance(given, (int, float)) and not isinstance(given, bool):
+            given, factor = None, given  # perhaps a symbol, which cannot be looked at
+        else:
+            given, factor = check_scale(name, given, cache)
+        values[place] = q.new_full((1,), factor, dtype=torch.float32) if given is None and factor != 1.0 else given
     for name in ("causal", "return_lse", "batch_invariant"):
         flag(name, values[_NAMES.index(name)])
     if out is not None:
         # while a graph is traced there are no addresses: what `out` shares with other tensors is not seen
-        check_out(out, (*q.shape[:4], v.shape[-1]), v.dtype, v.device, requires_grad)
+        check_out(out, (*q.shape[:4], v.shape[-1]), q.dtype, v.device, requires_grad)
     operator: Any = torch.ops.nsa_sel.selection_attention.default
     if not torch.compiler.is_compiling():
         transform = peek_interpreter_stack()
@@ -109,7 +121,9 @@ def _backward(
     out: torch.Tensor, d_out: torch.Tensor | None, d_lse: torch.Tensor | None, *arguments: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     with torch.no_grad():
-        return sdpa.backward(_check(arguments)[0], out, d_out, d_lse)
+        d_q, d_k, d_v = sdpa.backward(_check(arguments)[0], out, d_out, d_lse)
+    # an operator returns tensors: those of a float8 cache are empty
+    return d_q, d_q.new_empty(0) if d_k is None else d_k, d_q.new_empty(0) if d_v is None else d_v
 
 
 def _no_lse(like: torch.Tensor) -> torch.Tensor:
@@ -121,13 +135,15 @@ def _fake_forward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if forward_ad._current_level >= 0:  # the compiled graph runs below autograd and would drop the tangents
         raise AutogradError("torch.compile: expected no level of forward-mode AD, got a call inside of one")
     q, v = arguments[0], arguments[2]
-    out = v.new_empty((*q.shape[:4], v.shape[3]))
+    out = q.new_empty((*q.shape[:4], v.shape[3]))
     return out, q.new_empty(q.shape[:4], dtype=torch.float32) if arguments[_LSE] else _no_lse(out)
 
 
 @torch.library.register_fake("nsa_sel::selection_attention_backward", lib=_library)
 def _fake_backward(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     q, k, v = arguments[3:6]  # behind out, d_out, d_lse
+    if k.dtype != q.dtype:
+        return q.new_empty(q.shape), q.new_empty(0), q.new_empty(0)
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 
@@ -146,7 +162,10 @@ def _gradients(ctx: Any, d_out: torch.Tensor | None, d_lse: torch.Tensor | None,
     none = (None,) * (len(arguments) - 3)
     if d_out is None and d_lse is None:
         return None, None, None, *none
-    return *backward(out, d_out, d_lse if arguments[_LSE] else None, *arguments), *none
+    d_q, d_k, d_v = backward(out, d_out, d_lse if arguments[_LSE] else None, *arguments)
+    if arguments[0].dtype != arguments[1].dtype:  # a float8 cache has no gradients
+        d_k = d_v = None
+    return d_q, d_k, d_v, *none
 
 
 def _differentiate(ctx: Any, d_out: torch.Tensor | None, d_lse: torch.Tensor | None) -> tuple[Any, ...]:

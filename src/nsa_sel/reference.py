@@ -82,6 +82,8 @@ def selection_attention_reference(
     block_table: torch.Tensor | None = None,
     table_rows: torch.Tensor | None = None,
     causal: bool = True,
+    k_scale: float | torch.Tensor | None = None,
+    v_scale: float | torch.Tensor | None = None,
     softmax_scale: float | None = None,
     rows: Iterable[tuple[int, int, int]] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -108,7 +110,7 @@ def selection_attention_reference(
         if not tokens:
             continue
         page_ids = None if block_table is None else block_table[b if table_rows is None else int(table_rows[b])]
-        keys, values = _fetch(k, page_ids, b, g, tokens), _fetch(v, page_ids, b, g, tokens)
+        keys, values = _fetch(k, k_scale, page_ids, b, g, tokens), _fetch(v, v_scale, page_ids, b, g, tokens)
         logits = scale * (q[b, s, g].detach().to("cpu", torch.float64) @ keys.T)  # [h, L]
         lse[i] = torch.logsumexp(logits, dim=1)
         # where every logit is -inf nothing has weight: softmax would divide 0 by 0, and out is 0 as in an empty row
@@ -119,13 +121,30 @@ def selection_attention_reference(
     return out.view(B, S, G, h, v.shape[-1]), lse.view(B, S, G, h)
 
 
-def _fetch(cache: torch.Tensor, page_ids: torch.Tensor | None, b: int, g: int, tokens: list[int]) -> torch.Tensor:
-    """Return the rows [L, D] of one request and group in fp64."""
+def _fetch(
+    cache: torch.Tensor,
+    scale: float | torch.Tensor | None,
+    page_ids: torch.Tensor | None,
+    b: int,
+    g: int,
+    tokens: list[int],
+) -> torch.Tensor:
+    """Return the rows [L, D] of one request and group in fp64, those of a float8 cache times their scales."""
     where = torch.tensor(tokens, device=cache.device)
-    if page_ids is None:
-        rows = cache[b, g][where]
-    else:
+    place: tuple[torch.Tensor | int, ...] = (b, g, where)
+    if page_ids is not None:
         page_size = cache.shape[2]
-        pages = page_ids.to(torch.int64)[where // page_size]
-        rows = cache[pages, g, where % page_size]
-    return rows.detach().to("cpu", torch.float64)
+        place = (page_ids.to(torch.int64)[where // page_size], g, where % page_size)
+    if cache.dtype == torch.float8_e4m3fn:  # indexing by tensors does not take float8
+        rows = cache.detach().view(torch.uint8)[place].view(cache.dtype).to("cpu", torch.float64)
+    else:
+        rows = cache[place].detach().to("cpu", torch.float64)
+    if scale is None:
+        return rows
+    if not isinstance(scale, torch.Tensor):
+        return rows * scale
+    if scale.dim() == 3:
+        factors = scale[place].to("cpu", torch.float64)
+    else:
+        factors = scale.reshape(-1)[g if scale.numel() > 1 else 0].to("cpu", torch.float64)
+    return rows * factors.reshape(-1, 1)

@@ -1,7 +1,8 @@
 """Inputs that betray stray reads, and comparisons that NaN cannot pass: helpers to test any backend with.
 
 Every K/V row that no query selected is NaN, as are pages that nobody refers to; unused page-table entries hold ids that
-lead nowhere. A backend that touches what it should not gives NaN or fails.
+lead nowhere. Where each token of a float8 cache has a scale, that of an unselected one is NaN too. A backend that
+touches what it should not gives NaN or fails.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 
+from nsa_sel.quantize import quantize_kv
 from nsa_sel.reference import row_tokens, selection_attention_reference
 
 LAYOUTS = ("contiguous", "tokens_first", "packed")
@@ -35,6 +37,8 @@ class Inputs:
     block_table: torch.Tensor | None = None
     table_rows: torch.Tensor | None = None
     causal: bool = True
+    k_scale: float | torch.Tensor | None = None
+    v_scale: float | torch.Tensor | None = None
     softmax_scale: float | None = None
 
     def arguments(self, **more: Any) -> dict[str, Any]:
@@ -88,6 +92,7 @@ def make_inputs(
     layout: str = "contiguous",
     counts: torch.Tensor | None = None,
     table_rows: list[int] | None = None,
+    kv_scope: str | None = None,
     seed: int = 0,
 ) -> Inputs:
     """Make N(0, 1) inputs on the CPU for a given selection, with NaN in every K/V row that no query selects.
@@ -99,6 +104,8 @@ def make_inputs(
             of one tensor [B, G, S_kv, Dk + Dv].
         counts: [B, S, G] slots in use; what stands behind them is given to the call as it is.
         table_rows: with page_size, row of the page table that each of the B entries uses; outside [0, B): none.
+        kv_scope: k and v in float8_e4m3fn, with scales as `quantize_kv` gives them for this scope; "none": without
+            scales, "number": with one number each. None: k and v in `dtype`.
     """
     selection = ranges if ranges is not None else block_indices
     if selection is None or layout not in LAYOUTS:
@@ -125,8 +132,12 @@ def make_inputs(
     for row in flat.rows():
         if 0 <= cache_of[row[0]] < caches:
             selected[cache_of[row[0]], row[2], flat.tokens(row)] = True
-    k[~selected] = torch.nan
-    v[~selected] = torch.nan
+    caches_of_call: dict[str, torch.Tensor] = {"k": k, "v": v}  # and scales of tokens: [B, G, S_kv, ...], NaN-poisoned
+    numbers: dict[str, Any] = {}  # scales of more than a token
+    if kv_scope is not None:
+        caches_of_call, numbers = _quantized(k, v, kv_scope)
+    for cache in caches_of_call.values():
+        cache[~selected] = _poison(cache)
     table = None
     if page_size is not None:
         reach = None
@@ -135,34 +146,59 @@ def make_inputs(
                 max([n for n, row in zip(seq_lens, cache_of, strict=True) if row == i] or [0]) for i in range(caches)
             ]
             reach = torch.tensor(longest, dtype=torch.int32)
-        k, v, table = _paginate(k, v, reach, page_size, generator)
-    k, v = _lay_out(k, v, layout)
+        caches_of_call, table = _paginate(caches_of_call, reach, page_size, generator)
+    k, v = _lay_out(caches_of_call.pop("k"), caches_of_call.pop("v"), layout)
+    if kv_scope is not None:
+        k, v = k.view(torch.float8_e4m3fn), v.view(torch.float8_e4m3fn)
+    if caches_of_call:
+        pair = _lay_out(caches_of_call["k_scale"], caches_of_call["v_scale"], layout)
+        numbers = {"k_scale": pair[0].squeeze(3), "v_scale": pair[1].squeeze(3)}
     rows = None if table_rows is None else torch.tensor(table_rows, dtype=torch.int32)
-    return replace(flat, k=k, v=v, block_table=table, table_rows=rows)
+    return replace(flat, k=k, v=v, block_table=table, table_rows=rows, **numbers)
+
+
+def _poison(cache: torch.Tensor) -> float | int:
+    """Return NaN, of bytes that of float8_e4m3fn."""
+    return 0x7F if cache.dtype == torch.uint8 else torch.nan
+
+
+def _quantized(
+    k: torch.Tensor, v: torch.Tensor, scope: str
+) -> tuple[dict[str, torch.Tensor], dict[str, float | torch.Tensor]]:
+    """Return K and V as float8 bytes, beside them the scales [B, G, S_kv, 1] of each token; and all other scales."""
+    if scope in ("none", "number"):
+        step = 1.0 if scope == "none" else 2.0**-5
+        k8, v8 = ((t.float() / step).to(torch.float8_e4m3fn).view(torch.uint8) for t in (k, v))
+        return {"k": k8, "v": v8}, {} if scope == "none" else {"k_scale": step, "v_scale": step}
+    k8, v8, k_scale, v_scale = quantize_kv(k, v, scope)
+    stored = {"k": k8.view(torch.uint8), "v": v8.view(torch.uint8)}
+    if scope == "token":
+        return stored | {"k_scale": k_scale.unsqueeze(3), "v_scale": v_scale.unsqueeze(3)}, {}
+    return stored, {"k_scale": k_scale, "v_scale": v_scale}
 
 
 def _paginate(
-    k: torch.Tensor, v: torch.Tensor, lengths: torch.Tensor | None, page_size: int, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Scatter a cache [B, G, S_kv, D] over pages [P, G, page_size, D] in random order."""
-    B, G, S_kv, _ = k.shape
+    caches: dict[str, torch.Tensor], lengths: torch.Tensor | None, page_size: int, generator: torch.Generator
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Scatter caches [B, G, S_kv, D] over pages [P, G, page_size, D] in random order."""
+    B, G, S_kv, _ = caches["k"].shape
     if S_kv % page_size:
         raise ValueError(f"S_kv: expected a multiple of page_size={page_size}, got {S_kv}")
     max_pages = S_kv // page_size
     pages = B * max_pages + _SPARE_PAGES
     table = torch.randperm(pages, generator=generator)[: B * max_pages].view(B, max_pages).to(torch.int32)
-    physical = []
-    for cache in (k, v):
-        pool = torch.full((pages, G, page_size, cache.shape[3]), torch.nan, dtype=cache.dtype)
+    pools = {}
+    for name, cache in caches.items():
+        pool = torch.full((pages, G, page_size, cache.shape[3]), _poison(cache), dtype=cache.dtype)
         pool[table.long()] = cache.view(B, G, max_pages, page_size, -1).transpose(1, 2)
-        physical.append(pool)
+        pools[name] = pool
     if lengths is not None:
         # entries past seq_lens: no page at all, or somebody else's
         wrong = torch.tensor([-1, pages, 2**31 - 1, -(2**31), 0], dtype=torch.int32)
         unused = torch.arange(0, S_kv, page_size) >= lengths.clamp(0, S_kv).unsqueeze(1)
         filler = wrong[torch.arange(B * max_pages) % len(wrong)].view(B, max_pages)
         table = torch.where(unused, filler, table)
-    return physical[0], physical[1], table
+    return pools, table
 
 
 def _lay_out(k: torch.Tensor, v: torch.Tensor, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,15 +218,26 @@ def pytorch_in_dtype(inputs: Inputs) -> torch.Tensor:
         tokens = torch.tensor(inputs.tokens((b, s, g)), dtype=torch.int64)
         if not tokens.numel():
             continue
-        if inputs.block_table is None:
-            keys, values = inputs.k[b, g, tokens], inputs.v[b, g, tokens]
-        else:
+        place: tuple[torch.Tensor | int, ...] = (b, g, tokens)
+        if inputs.block_table is not None:
             size = inputs.k.shape[2]
             table_row = b if inputs.table_rows is None else int(inputs.table_rows[b])
-            page = inputs.block_table[table_row, tokens // size].long()
-            keys, values = inputs.k[page, g, tokens % size], inputs.v[page, g, tokens % size]
+            place = (inputs.block_table[table_row, tokens // size].long(), g, tokens % size)
+        keys, values = _in_dtype(inputs, "k", place), _in_dtype(inputs, "v", place)
         out[b, s, g] = torch.softmax(inputs.q[b, s, g] @ keys.T * scale, dim=-1) @ values
     return out
+
+
+def _in_dtype(inputs: Inputs, name: str, place: tuple[torch.Tensor | int, ...]) -> torch.Tensor:
+    """Return rows of k or v in q's dtype, those of a float8 cache times their scales."""
+    cache: torch.Tensor = getattr(inputs, name)
+    if cache.dtype == inputs.q.dtype:
+        return cache[place]
+    rows = cache.view(torch.uint8)[place].view(cache.dtype).float()
+    scale: float | torch.Tensor | None = getattr(inputs, f"{name}_scale")
+    if isinstance(scale, torch.Tensor):
+        scale = scale[place].unsqueeze(1) if scale.dim() == 3 else scale.reshape(-1).expand(cache.shape[1])[place[1]]
+    return (rows if scale is None else rows * scale).to(inputs.q.dtype)
 
 
 @dataclass(frozen=True)
@@ -211,7 +258,7 @@ def assert_matches_reference(out: torch.Tensor, lse: torch.Tensor | None, inputs
     """
     inputs = inputs.to("cpu")
     expected, expected_lse = selection_attention_reference(**inputs.arguments())
-    dtype = inputs.v.dtype
+    dtype = inputs.q.dtype
     assert out.dtype == dtype, f"out: expected {dtype}, got {out.dtype}"
     assert out.shape == expected.shape, f"out: expected {tuple(expected.shape)}, got {tuple(out.shape)}"
     got = out.detach().cpu().to(torch.float64)

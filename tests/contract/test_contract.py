@@ -35,7 +35,7 @@ def on_every_backend_that_takes(name: str, cases: list[Case]) -> pytest.MarkDeco
 def test_signature() -> None:
     expected = (
         "q, k, v, ranges, *, block_indices, block_size, counts, seq_lens, block_table, table_rows, causal, "
-        "max_selected, softmax_scale, return_lse, batch_invariant, out, backend"
+        "k_scale, v_scale, max_selected, softmax_scale, return_lse, batch_invariant, out, backend"
     )
     for function in (nsa_sel.selection_attention, nsa_sel.explain):
         parameters = inspect.signature(function).parameters.values()
@@ -55,7 +55,10 @@ def test_errors_derive_from_builtin_ones() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["nsa_sel", *(f"nsa_sel.{m}" for m in ("_build", "api", "ranges", "reference", "routing", "stats", "switches"))],
+    [
+        "nsa_sel",
+        *(f"nsa_sel.{m}" for m in ("_build", "api", "quantize", "ranges", "reference", "routing", "stats", "switches")),
+    ],
 )
 def test_examples_of_the_docstrings(module: str) -> None:
     failed, tried = doctest.testmod(importlib.import_module(module))

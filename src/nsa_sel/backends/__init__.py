@@ -25,7 +25,7 @@ class Backend(Protocol):
         ...
 
     def run(self, call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Run a checked call: out [B, S, G, h, Dv] in v's dtype and, if asked for, lse [B, S, G, h] fp32."""
+        """Run a checked call: out [B, S, G, h, Dv] in q's dtype and, if asked for, lse [B, S, G, h] fp32."""
         ...
 
 

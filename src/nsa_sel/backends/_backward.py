@@ -14,17 +14,20 @@ from nsa_sel.call import Call
 
 @dataclass(slots=True)
 class Gradients:
-    """Sums in fp32 (fp64 for fp64 inputs); shapes of q as [R, h, Dk], of k and of v."""
+    """Sums in fp32 (fp64 for fp64 inputs); shapes of q as [R, h, Dk], of k and of v, where those are not float8."""
 
     q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
+    k: torch.Tensor | None
+    v: torch.Tensor | None
 
     @classmethod
     def zeros(cls, call: Call, wide: torch.dtype) -> Gradients:
         """Return gradients of a call in which no row selects anything."""
+        of_q = call.q.new_zeros((call.rows, call.h, call.Dk), dtype=wide)
+        if call.fp8:
+            return cls(of_q, None, None)
         return cls(
-            call.q.new_zeros((call.rows, call.h, call.Dk), dtype=wide),
+            of_q,
             torch.zeros(call.k.shape, dtype=wide, device=call.k.device),
             torch.zeros(call.v.shape, dtype=wide, device=call.v.device),
         )
@@ -62,11 +65,12 @@ def accumulate(
         total = torch.logsumexp(logits, -1) if lse is None else lse
         # a row without any token has total = -inf: (-inf) - (-inf) is NaN, so subtract 0 and get p = 0
         p = torch.exp(logits - total.masked_fill(total == -math.inf, 0).unsqueeze(-1))  # [r, h, T]
-        values = _gather.gather(call.v, index, count).to(wide)
+        values = _gather.gather(call, "v", index, count).to(wide)
         d_logits = p * (torch.matmul(d_rows, values.transpose(1, 2)) - pull.unsqueeze(-1)) * call.scale
         d_queries += torch.matmul(d_logits, keys)
-        _scatter(into.k, index, torch.matmul(d_logits.transpose(1, 2), queries))
-        _scatter(into.v, index, torch.matmul(p.transpose(1, 2), d_rows))
+        if into.k is not None and into.v is not None:
+            _scatter(into.k, index, torch.matmul(d_logits.transpose(1, 2), queries))
+            _scatter(into.v, index, torch.matmul(p.transpose(1, 2), d_rows))
     into.q.index_copy_(0, rows, d_queries)
 
 
@@ -82,7 +86,7 @@ def _logits(
 ) -> tuple[torch.Tensor, torch.Tensor, _gather.Index]:
     """Return scaled logits [r, h, T] with -inf in the invalid slots, the keys [r, T, Dk] and where they lie."""
     index = _gather.locate(call, selection, rows, begin, end, masked)
-    keys = _gather.gather(call.k, index, count).to(q.dtype)
+    keys = _gather.gather(call, "k", index, count).to(q.dtype)
     logits = torch.matmul(q, keys.transpose(1, 2)) * call.scale
     if index.valid is not None:
         logits = logits.masked_fill(~index.valid.unsqueeze(1), -math.inf)

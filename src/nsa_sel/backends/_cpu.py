@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nsa_sel.backends._gather import Counters, Selection
+from nsa_sel.backends._gather import Counters, Selection, scales, stored, widen
 from nsa_sel.backends._plan import Chunk
 from nsa_sel.call import Call
 
@@ -45,10 +45,10 @@ def attend(
     """Attend the rows [r], in descending order of their lengths [r], all of which select something.
 
     Returns:
-        out [r, h, Dv] and lse [r, h] in fp32 or fp64, or out in v's dtype. A row is to be trusted where all of it is
+        out [r, h, Dv] and lse [r, h] in fp32 or fp64, or out in q's dtype. A row is to be trusted where all of it is
         finite, and nowhere else: the fused attention turns an infinite logit of half inputs into 0.
     """
-    token_bytes = 2 * max(call.Dk, call.Dv) * call.k.element_size()
+    token_bytes = 2 * max(call.Dk, call.Dv) * call.q.element_size()
     longest = max(_UNIT, cache_bytes() // token_bytes)  # tokens of a part
     if call.batch_invariant:  # one step of one shape that follows from the chunk's, whatever the rows hold
         return _attend_alike(call, selection, rows, lengths, chunk.tokens, -(-chunk.tokens // longest), True, count)
@@ -90,13 +90,14 @@ def _attend_alike(
         queries = queries.repeat_interleave(parts, 0)
     step = queries.shape[0]
     if not call.batch_invariant:
-        part_bytes = places.tokens * 2 * width * call.k.element_size()
+        part_bytes = places.tokens * 2 * width * call.q.element_size()
         step = min(step, torch.get_num_threads() * max(1, cache_bytes() // part_bytes))
-    keys, values = _buffers(call.k.dtype, step * places.tokens, call.Dk, call.Dv)
+    keys, values = _buffers(call.q.dtype, step * places.tokens, call.Dk, call.Dv)
     # the fused attention takes exponentials of half inputs to 5e-5, which lse shows where few tokens are summed
     shortest = tokens if call.batch_invariant else int(lengths[-1])
     coarse = call.return_lse and call.q.element_size() == 2 and shortest <= _FEW
-    outs, lses = [], []
+    outs: list[torch.Tensor] = []
+    lses: list[torch.Tensor] = []
     k = v = keys
     for q, key_index, value_index, bias in places.steps(queries, step):
         shape = (q.shape[0], 1, places.tokens, width)
@@ -104,8 +105,16 @@ def _attend_alike(
             k, v = keys[: math.prod(shape)].view(shape), values[: math.prod(shape)].view(shape)
             flat_k = k.view(key_index.numel(), -1)[:, : places.keys.shape[1]]
             flat_v = v.view(value_index.numel(), -1)[:, : places.values.shape[1]]
-        torch.index_select(places.keys, 0, key_index, out=flat_k)
-        torch.index_select(places.values, 0, value_index, out=flat_v)
+        if call.fp8:
+            done = len(outs) * step
+            widen(torch.index_select(places.keys, 0, key_index), flat_k)
+            widen(torch.index_select(places.values, 0, value_index), flat_v)
+            for wide, D, factors in ((k, call.Dk, places.key_scales), (v, call.Dv, places.value_scales)):
+                if factors is not None:  # the other columns stay zeros: 0 * NaN is NaN
+                    wide[..., :D].mul_(factors[done : done + len(q)])
+        else:
+            torch.index_select(places.keys, 0, key_index, out=flat_k)
+            torch.index_select(places.values, 0, value_index, out=flat_v)
         out, lse = _attention(q, k, v, attn_mask=bias, scale=call.scale)
         if coarse:
             logits = torch.matmul(q.float(), k.float().mT).mul_(call.scale)
@@ -123,6 +132,8 @@ def _attend_alike(
         out.masked_fill_(nothing.unsqueeze(-1), 0)
         lse.masked_fill_(nothing, -math.inf)
     out = out.view(rows.size, parts, call.h, width)[..., : call.Dv]
+    if call.v_factor != 1:
+        out.mul_(call.v_factor)
     lse = lse.view(rows.size, parts, call.h)
     if parts == 1:
         return out[:, 0], lse[:, 0]
@@ -165,6 +176,8 @@ class _Places:
     values: torch.Tensor
     key_index: torch.Tensor  # [parts of all rows, copies] int64
     value_index: torch.Tensor
+    key_scales: torch.Tensor | None  # fp32 [parts of all rows, 1, slots, 1], of a float8 cache
+    value_scales: torch.Tensor | None
     bias: torch.Tensor | None  # [parts of all rows, 1, 1, slots]: 0, or -inf where no token is selected; None: all are
 
     def steps(self, queries: torch.Tensor, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, Any]]:
@@ -213,18 +226,25 @@ def _locate(call: Call, selection: Selection, rows: np.ndarray, tokens: int, par
             valid &= there
             first[~there] = 0
     group = (rows % call.G)[:, None]
-    keys, key_index = _table(call.k, first, group, piece, unit, call.Dk >= call.Dv)
-    if call.v.shape == call.k.shape and call.v.stride() == call.k.stride():
-        values, value_index = call.v.as_strided(keys.shape, keys.stride()), key_index
+    k, v = stored(call, "k"), stored(call, "v")
+    keys, key_index = _table(k, first, group, piece, unit, call.Dk >= call.Dv)
+    if v.shape == k.shape and v.stride() == k.stride():
+        values, value_index = v.as_strided(keys.shape, keys.stride()), key_index
     else:
-        values, value_index = _table(call.v, first, group, piece, unit, call.Dv >= call.Dk)
+        values, value_index = _table(v, first, group, piece, unit, call.Dv >= call.Dk)
+    alike = (rows.size * parts, -1)
+    factors: dict[str, torch.Tensor] = {}
+    for name in ("k", "v") if call.fp8 else ():
+        if (scale := scales(call, name)) is not None:
+            table, index = _table(scale.unsqueeze(3), first, group, piece, unit, True)
+            factors[name] = torch.index_select(table, 0, index.view(-1)).view(rows.size * parts, 1, -1, 1)
     bias = None
     if valid is not None:
         valid = valid.repeat(unit, 1).reshape(rows.size * parts, 1, 1, -1)
         bias = torch.zeros(valid.shape, dtype=call.q.dtype, device="cpu")
         bias.masked_fill_(torch.from_numpy(~valid), -math.inf)
-    alike = (rows.size * parts, -1)
-    return _Places(slots, keys, values, key_index.view(alike), value_index.view(alike), bias)
+    key_index, value_index = key_index.view(alike), value_index.view(alike)
+    return _Places(slots, keys, values, key_index, value_index, factors.get("k"), factors.get("v"), bias)
 
 
 def _unit(start: np.ndarray, span: np.ndarray, others: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -127,13 +128,15 @@ def locate(call: Call, selection: Selection, rows: torch.Tensor, begin: int, end
     return Index(physical, group, token.sub_(page, alpha=call.page_size), valid)
 
 
-def gather(tensor: torch.Tensor, index: Index, count: Counters, width: int = 0) -> torch.Tensor:
+def gather(call: Call, name: str, index: Index, count: Counters, width: int = 0) -> torch.Tensor:
     """Gather the rows [r, T, max(D, width)] of k or v, whatever its strides; added columns and invalid slots are 0.
 
-    An invalid slot must be zero and not just masked: its probability is 0, and 0 * NaN is NaN.
+    An invalid slot must be zero and not just masked: its probability is 0, and 0 * NaN is NaN. What is gathered from a
+    float8 cache is widened to fp32 and multiplied by its scales, so that no more than the selected rows ever is.
     """
     # One view whose row i starts i units into the tensor, the unit dividing every stride: index_select on it
     # copies whole rows and K or V itself is never copied, which indexing by three coordinates does more slowly.
+    tensor = stored(call, name)
     strides = tensor.stride()[:3]
     unit = math.gcd(*strides) or 1
     s0, s1, s2 = (stride // unit for stride in strides)
@@ -145,8 +148,49 @@ def gather(tensor: torch.Tensor, index: Index, count: Counters, width: int = 0) 
     if torch.is_grad_enabled() and tensor.requires_grad:  # the backward pass is to be differentiated: no out= then
         result = torch.index_select(table, 0, flat.reshape(-1))
     else:
-        result = tensor.new_empty((flat.numel(), max(D, width)))
+        result = call.q.new_empty((flat.numel(), max(D, width)))
         result[:, D:].zero_()
-        torch.index_select(table, 0, flat.reshape(-1), out=result[:, :D])
+        if call.fp8:
+            widen(torch.index_select(table, 0, flat.reshape(-1)), result[:, :D])
+            if (scale := scales(call, name)) is not None:
+                result[:, :D].mul_(scale[index.first, index.group, index.token].expand(flat.shape).reshape(-1, 1))
+            elif name == "v" and call.v_factor != 1:
+                result.mul_(call.v_factor)
+        else:
+            torch.index_select(table, 0, flat.reshape(-1), out=result[:, :D])
     result = result.view(*flat.shape, -1)
     return result if index.valid is None else result.masked_fill_(~index.valid.unsqueeze(-1), 0)
+
+
+def stored(call: Call, name: str) -> torch.Tensor:
+    """Return k or v, of a float8 cache its bytes: not every operator takes float8."""
+    tensor: torch.Tensor = getattr(call, name)
+    return tensor.view(torch.uint8) if call.fp8 else tensor
+
+
+def scales(call: Call, name: str) -> torch.Tensor | None:
+    """Return k_scale or v_scale as a view in the shape of the first three dimensions of k or v."""
+    scale: torch.Tensor | None = call.k_scale if name == "k" else call.v_scale
+    if scale is None or scale.dim() == 3:
+        return scale
+    return scale.view(1, -1, 1).expand(getattr(call, name).shape[:3])
+
+
+@functools.cache
+def _values() -> torch.Tensor:
+    """Return what each byte means as float8_e4m3fn, fp32 [256]."""
+    with torch.inference_mode(False):
+        return torch.arange(256, dtype=torch.uint8, device="cpu").view(torch.float8_e4m3fn).to(torch.float32)
+
+
+def widen(rows: torch.Tensor, out: torch.Tensor) -> None:
+    """Write the values of float8_e4m3fn bytes [N, D] to out [N, D], fp32."""
+    if rows.device.type != "cpu":
+        out.copy_(rows.view(torch.float8_e4m3fn))
+        return
+    # six times as fast as PyTorch's conversion, which takes one element after another
+    places = rows.view(-1).to(torch.int32)
+    if out.is_contiguous():
+        torch.index_select(_values(), 0, places, out=out.view(-1))
+    else:
+        out.copy_(torch.index_select(_values(), 0, places).view(out.shape))

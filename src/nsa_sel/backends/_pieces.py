@@ -30,7 +30,7 @@ def attend(
         assert lse is not None
         assert part_lse is not None
         out, lse = _merge(out, lse, part, part_lse)
-    return out.to(call.v.dtype), lse
+    return out.to(call.q.dtype), lse
 
 
 def _attend(
@@ -53,8 +53,8 @@ def _attend(
     # PyTorch's fused attention on the CPU wants Dk = Dv; without it everything is copied to fp32, which is 3x slower.
     # Columns of zeros change neither the logits nor the other columns of out.
     width = max(call.Dk, call.Dv) if call.device_type == "cpu" else 0
-    keys = _gather.gather(call.k, index, count, width)
-    values = _gather.gather(call.v, index, count, width)
+    keys = _gather.gather(call, "k", index, count, width)
+    values = _gather.gather(call, "v", index, count, width)
     queries = call.q.reshape(call.rows, call.h, call.Dk).index_select(0, rows)
     queries = torch.nn.functional.pad(queries, (0, keys.shape[-1] - call.Dk))
     wide = accumulator(queries.dtype)

@@ -39,10 +39,16 @@ def captured_bound(problem: Call) -> int:
 
 
 def bytes_per_token(problem: Call) -> int:
-    """Memory that one gathered token takes: K and V, their upcast copies, a few int64 indices, logits of h heads."""
+    """Memory that one gathered token takes: K and V, their upcast copies, a few int64 indices, logits of h heads.
+
+    A float8 cache is computed in fp32, and either of K and V has its bytes and their places beside it while it is
+    widened.
+    """
     item = {"float64": 8, "float32": 4}.get(problem.dtype, 2)
     wide = max(item, 4)
     rows = 2 * max(problem.Dk, problem.Dv) * (item + (wide if item < wide else 0))
+    if problem.fp8:
+        rows += 5 * max(problem.Dk, problem.Dv)
     # lse counts whether it is asked for or not: other chunks would give out other bits
     return rows + 64 + wide * (problem.Dk + 5 * problem.h)
 

@@ -88,8 +88,8 @@ def _packed(position, start, length):
 
 
 @triton.jit
-def _places(token, valid, table, table_stride, num_pages, k_strides, v_strides, PAGE_SIZE: tl.constexpr):
-    """Return the offsets [N] of the tokens' K and V rows, int64, and which of the tokens are there."""
+def _places(token, valid, table, table_stride, num_pages, PAGE_SIZE: tl.constexpr):
+    """Return the tokens' pages (0 where there are none) and places inside, int64 [N], and which of them are there."""
     inside = token.to(tl.int64)
     pool = inside * 0
     if PAGE_SIZE > 0:
@@ -98,7 +98,7 @@ def _places(token, valid, table, table_stride, num_pages, k_strides, v_strides, 
         valid = valid & (physical >= 0) & (physical < num_pages)
         pool = tl.where(valid, physical, 0).to(tl.int64)
         inside -= page.to(tl.int64) * PAGE_SIZE
-    return pool * k_strides[0] + inside * k_strides[2], pool * v_strides[0] + inside * v_strides[2], valid
+    return pool, inside, valid
 
 
 @triton.jit
@@ -119,12 +119,32 @@ def _rounded(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def _widened(code):
+    """Return the values of float8_e4m3fn codes, uint8, in fp32: shifted, a code is fp16's for 1/256 of it.
+
+    Integer operations, as compute capability 8.0 and 8.6 have no conversion.
+    """
+    code = code.to(tl.uint16)
+    bits = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
+    value = bits.to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return tl.where((code & 0x7F) == 0x7F, float("nan"), value)
+
+
+@triton.jit
+def _factors(scale, strides, pool, inside, valid):
+    """Return the scales [N] of a float8 cache's tokens."""
+    return tl.load(scale + pool * strides[0] + inside * strides[2], mask=valid, other=0.0)
+
+
+@triton.jit
 def _logits(
-    q, q_stride, k, k_place, valid, h, scale,
-    DK: tl.constexpr, H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, INTERPRETED: tl.constexpr,
+    q, q_stride, k, k_strides, k_scale, k_scale_strides, pool, inside, valid, h, scale,
+    DK: tl.constexpr, H: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    FP8: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Return log2(e) * scale * q k^T [H, N] in fp32, -inf where a token is not valid."""
     head = tl.arange(0, H)
+    k_place = pool * k_strides[0] + inside * k_strides[2]
     logits = tl.zeros((H, N), tl.float32)
     for first in tl.static_range(0, DK, D):
         column = first + tl.arange(0, D)
@@ -134,9 +154,14 @@ def _logits(
             other=0.0,
         )
         # invalid columns must be zeros and not just masked afterwards: they may hold NaN
-        keys = tl.load(k + k_place[None, :] + column[:, None], mask=valid[None, :] & (column < DK)[:, None], other=0.0)
+        keys = tl.load(k + k_place[None, :] + column[:, None], mask=valid[None, :] & (column < DK)[:, None], other=0)
+        if FP8:
+            keys = _widened(keys).to(q.dtype.element_ty)  # exactly
         logits = tl.dot(_for_dot(rows, INTERPRETED), _for_dot(keys, INTERPRETED), logits)
-    return tl.where(valid[None, :], logits * scale, float("-inf"))
+    logits *= scale
+    if k_scale is not None:
+        logits *= _factors(k_scale, k_scale_strides, pool, inside, valid)[None, :]
+    return tl.where(valid[None, :], logits, float("-inf"))
 
 
 @triton.jit
@@ -155,19 +180,25 @@ def _count(logits, top, total):
 
 @triton.jit
 def _weigh(
-    logits, top, v, v_place, valid, result,
-    DV: tl.constexpr, E: tl.constexpr, INTERPRETED: tl.constexpr,
+    logits, top, v, v_strides, v_scale, v_scale_strides, pool, inside, valid, result,
+    DV: tl.constexpr, E: tl.constexpr, dtype: tl.constexpr, FP8: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Second pass: add the values of one tile, weighed, to the result [H, E]."""
     column = tl.arange(0, E)
-    values = tl.load(v + v_place[:, None] + column[None, :], mask=valid[:, None] & (column < DV)[None, :], other=0.0)
-    weights = _rounded(tl.exp2(logits - _finite(top)[:, None]), v.dtype.element_ty, INTERPRETED)
+    v_place = pool * v_strides[0] + inside * v_strides[2]
+    values = tl.load(v + v_place[:, None] + column[None, :], mask=valid[:, None] & (column < DV)[None, :], other=0)
+    if FP8:
+        values = _widened(values)
+        if v_scale is not None:  # on the values: a weight times a small scale would leave fp16's range
+            values *= _factors(v_scale, v_scale_strides, pool, inside, valid)[:, None]
+        values = _rounded(values, dtype, INTERPRETED)
+    weights = _rounded(tl.exp2(logits - _finite(top)[:, None]), dtype, INTERPRETED)
     return tl.dot(_for_dot(weights, INTERPRETED), _for_dot(values, INTERPRETED), result)
 
 
 @triton.jit
 def _write(
-    out, out_stride, lse, row, top, total, result, h,
+    out, out_stride, lse, row, top, total, result, v_factor, h,
     DV: tl.constexpr, H: tl.constexpr, E: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Write the row's out, and lse where it is asked for; a row without any token gives 0 and -inf."""
@@ -176,7 +207,7 @@ def _write(
     divisor = tl.where(nothing, 1.0, total)
     tl.store(
         out + head[:, None] * out_stride + column[None, :],
-        _rounded(result / divisor[:, None], out.dtype.element_ty, INTERPRETED),
+        _rounded(result / divisor[:, None] * v_factor, out.dtype.element_ty, INTERPRETED),
         mask=(head < h)[:, None] & (column < DV)[None, :],
     )
     if lse is not None:
@@ -187,11 +218,13 @@ def _write(
 
 @triton.jit(do_not_specialize=_SIZES)
 def dense(
-    q, k, v, selection, counts, seq_lens, table, table_rows, out, lse,
+    q, k, v, selection, counts, seq_lens, table, table_rows, k_scale, v_scale, out, lse,
     q_strides, k_strides, v_strides, sel_strides, out_strides, counts_strides, seq_stride, table_strides,
-    table_rows_stride, S, G, h, S_kv, n, num_pages, num_tables, block_size, scale,
+    table_rows_stride, k_scale_strides, v_scale_strides,
+    S, G, h, S_kv, n, num_pages, num_tables, block_size, scale, v_factor,
     DK: tl.constexpr, DV: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCKS: tl.constexpr, CAUSAL: tl.constexpr,
-    H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, E: tl.constexpr, C: tl.constexpr, INTERPRETED: tl.constexpr,
+    H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
+    FP8: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Attend rows of one span (n = 1)."""
     row = tl.program_id(0)
@@ -206,9 +239,17 @@ def dense(
     q += b * q_strides[0] + s * q_strides[1] + g * q_strides[2]
     k += g * k_strides[1]
     v += g * v_strides[1]
+    if k_scale is not None:
+        k_scale += g * k_scale_strides[1]
+    if v_scale is not None:
+        v_scale += g * v_scale_strides[1]
     if PAGE_SIZE == 0:
         k += b * k_strides[0]
         v += b * v_strides[0]
+        if k_scale is not None:
+            k_scale += b * k_scale_strides[0]
+        if v_scale is not None:
+            v_scale += b * v_scale_strides[0]
     else:
         table += table_row * table_strides[0]
 
@@ -216,32 +257,39 @@ def dense(
     total = tl.zeros((H,), tl.float32)
     for first in range(0, L, N):
         position = first + tl.arange(0, N)
-        k_place, _, valid = _places(
-            start + position, position < L, table, table_strides[1], num_pages, k_strides, v_strides, PAGE_SIZE
-        )
-        logits = _logits(q, q_strides[3], k, k_place, valid, h, scale, DK, H, N, D, INTERPRETED)
+        pool, inside, valid = _places(start + position, position < L, table, table_strides[1], num_pages, PAGE_SIZE)
+        logits = _logits(
+            q, q_strides[3], k, k_strides, k_scale, k_scale_strides, pool, inside, valid, h, scale,
+            DK, H, N, D, FP8, INTERPRETED,
+        )  # fmt: skip
         top, total = _count(logits, top, total)
 
     result = tl.zeros((H, E), tl.float32)
     for first in range(0, L, N):
         position = first + tl.arange(0, N)
-        k_place, v_place, valid = _places(
-            start + position, position < L, table, table_strides[1], num_pages, k_strides, v_strides, PAGE_SIZE
-        )
-        logits = _logits(q, q_strides[3], k, k_place, valid, h, scale, DK, H, N, D, INTERPRETED)
-        result = _weigh(logits, top, v, v_place, valid, result, DV, E, INTERPRETED)
+        pool, inside, valid = _places(start + position, position < L, table, table_strides[1], num_pages, PAGE_SIZE)
+        logits = _logits(
+            q, q_strides[3], k, k_strides, k_scale, k_scale_strides, pool, inside, valid, h, scale,
+            DK, H, N, D, FP8, INTERPRETED,
+        )  # fmt: skip
+        result = _weigh(
+            logits, top, v, v_strides, v_scale, v_scale_strides, pool, inside, valid, result,
+            DV, E, q.dtype.element_ty, FP8, INTERPRETED,
+        )  # fmt: skip
 
     out += b * out_strides[0] + s * out_strides[1] + g * out_strides[2]
-    _write(out, out_strides[3], lse, row, top, total, result, h, DV, H, E, INTERPRETED)
+    _write(out, out_strides[3], lse, row, top, total, result, v_factor, h, DV, H, E, INTERPRETED)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def varlen(
-    q, k, v, selection, counts, seq_lens, table, table_rows, out, lse,
+    q, k, v, selection, counts, seq_lens, table, table_rows, k_scale, v_scale, out, lse,
     q_strides, k_strides, v_strides, sel_strides, out_strides, counts_strides, seq_stride, table_strides,
-    table_rows_stride, S, G, h, S_kv, n, num_pages, num_tables, block_size, scale,
+    table_rows_stride, k_scale_strides, v_scale_strides,
+    S, G, h, S_kv, n, num_pages, num_tables, block_size, scale, v_factor,
     DK: tl.constexpr, DV: tl.constexpr, PAGE_SIZE: tl.constexpr, BLOCKS: tl.constexpr, CAUSAL: tl.constexpr,
-    H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, E: tl.constexpr, C: tl.constexpr, INTERPRETED: tl.constexpr,
+    H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
+    FP8: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """Attend rows of any number of spans, C at a time; only the last tile of each C spans is not full.
 
@@ -257,9 +305,17 @@ def varlen(
     q += b * q_strides[0] + s * q_strides[1] + g * q_strides[2]
     k += g * k_strides[1]
     v += g * v_strides[1]
+    if k_scale is not None:
+        k_scale += g * k_scale_strides[1]
+    if v_scale is not None:
+        v_scale += g * v_scale_strides[1]
     if PAGE_SIZE == 0:
         k += b * k_strides[0]
         v += b * v_strides[0]
+        if k_scale is not None:
+            k_scale += b * k_scale_strides[0]
+        if v_scale is not None:
+            v_scale += b * v_scale_strides[0]
     else:
         table += table_row * table_strides[0]
 
@@ -271,10 +327,11 @@ def varlen(
         for first in range(0, L, N):
             position = first + tl.arange(0, N)
             token = _packed(position, starts, lengths)
-            k_place, _, valid = _places(
-                token, position < L, table, table_strides[1], num_pages, k_strides, v_strides, PAGE_SIZE
-            )
-            logits = _logits(q, q_strides[3], k, k_place, valid, h, scale, DK, H, N, D, INTERPRETED)
+            pool, inside, valid = _places(token, position < L, table, table_strides[1], num_pages, PAGE_SIZE)
+            logits = _logits(
+            q, q_strides[3], k, k_strides, k_scale, k_scale_strides, pool, inside, valid, h, scale,
+            DK, H, N, D, FP8, INTERPRETED,
+        )  # fmt: skip
             top, total = _count(logits, top, total)
 
     result = tl.zeros((H, E), tl.float32)
@@ -284,14 +341,18 @@ def varlen(
         for first in range(0, L, N):
             position = first + tl.arange(0, N)
             token = _packed(position, starts, lengths)
-            k_place, v_place, valid = _places(
-                token, position < L, table, table_strides[1], num_pages, k_strides, v_strides, PAGE_SIZE
-            )
-            logits = _logits(q, q_strides[3], k, k_place, valid, h, scale, DK, H, N, D, INTERPRETED)
-            result = _weigh(logits, top, v, v_place, valid, result, DV, E, INTERPRETED)
+            pool, inside, valid = _places(token, position < L, table, table_strides[1], num_pages, PAGE_SIZE)
+            logits = _logits(
+            q, q_strides[3], k, k_strides, k_scale, k_scale_strides, pool, inside, valid, h, scale,
+            DK, H, N, D, FP8, INTERPRETED,
+        )  # fmt: skip
+            result = _weigh(
+            logits, top, v, v_strides, v_scale, v_scale_strides, pool, inside, valid, result,
+            DV, E, q.dtype.element_ty, FP8, INTERPRETED,
+        )  # fmt: skip
 
     out += b * out_strides[0] + s * out_strides[1] + g * out_strides[2]
-    _write(out, out_strides[3], lse, row, top, total, result, h, DV, H, E, INTERPRETED)
+    _write(out, out_strides[3], lse, row, top, total, result, v_factor, h, DV, H, E, INTERPRETED)
 
 
 INTERPRETED = not isinstance(dense, JITFunction)

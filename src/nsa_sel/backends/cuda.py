@@ -33,6 +33,8 @@ def limits(call: Call, device: DeviceInfo | None) -> str | None:
         return f"tensors on {call.device_type}"
     if call.dtype not in _request.DTYPES:
         return f"no kernel takes {call.dtype}"
+    if call.fp8:
+        return f"no kernel takes {call.kv_dtype} caches"
     if call.requires_grad:
         return "gradients required"
     build = _build.routing_build()
@@ -121,7 +123,7 @@ def run(call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run the kernel on the current stream; no host synchronisation, no allocation besides out, lse and workspace.
 
     Returns:
-        out [B, S, G, h, Dv] in v's dtype; lse [B, S, G, h] fp32 or None.
+        out [B, S, G, h, Dv] in q's dtype; lse [B, S, G, h] fp32 or None.
 
     Raises:
         PlanError: strides that reach beyond 2^32 row offsets, or more than 2^31 work items.

@@ -40,7 +40,7 @@ def limits(call: Call, device: DeviceInfo | None) -> str | None:
 
 
 def run(call: Call, memory_budget: int = MEMORY_BUDGET) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run a call: out [B, S, G, h, Dv] in v's dtype and, if asked for, lse [B, S, G, h] fp32.
+    """Run a call: out [B, S, G, h, Dv] in q's dtype and, if asked for, lse [B, S, G, h] fp32.
 
     Reads the lengths of the selections back once, and nothing while a CUDA graph is captured: there it computes up to
     the bound of L (for spans without `max_selected` that is n * S_kv). A row whose spans break `max_selected` comes
@@ -55,9 +55,10 @@ def run(call: Call, memory_budget: int = MEMORY_BUDGET) -> tuple[torch.Tensor, t
 def forward(call: Call, budget: int = MEMORY_BUDGET) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Run a call without gradients; results as `run` gives them."""
     with _plain_math(call):
-        work = _prepare(call, budget, _is_capturing(call))
-        out, lse = _attend_all(call, work)
-    out = out.view(*call.q.shape[:4], call.Dv)
+        wide = _widened(call)
+        work = _prepare(wide, budget, _is_capturing(call))
+        out, lse = _attend_all(wide, work)
+    out = out.view(*call.q.shape[:4], call.Dv).to(call.q.dtype)
     # columns of padding must not show: the operator promises contiguous results, and so does the kernel
     out = out.contiguous() if call.out is None else call.out.copy_(out)
     return out, None if lse is None else lse.to(torch.float32).view(call.q.shape[:4])
@@ -69,8 +70,12 @@ def backward(
     d_out: torch.Tensor | None,
     d_lse: torch.Tensor | None,
     budget: int = MEMORY_BUDGET,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the gradients of q, k and v from those of out [B, S, G, h, Dv] and lse [B, S, G, h] (None: zero)."""
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Return the gradients of q, k and v from those of out [B, S, G, h, Dv] and lse [B, S, G, h] (None: zero).
+
+    Those of a float8 k and v are None.
+    """
+    dtype, call = call.q.dtype, _widened(call)
     gradients = _backward.Gradients.zeros(call, accumulator(call.q.dtype))
     flat = (call.rows, call.h, call.Dv)
     d_out = out.new_zeros(flat) if d_out is None else d_out.reshape(flat)
@@ -84,7 +89,9 @@ def backward(
                 call, work.selection, rows, chunk, out.reshape(flat), d_out, d_lse, gradients, work.count
             )
         work.report()
-    d_q = gradients.q.view(call.q.shape).to(call.q.dtype)
+    d_q = gradients.q.view(call.q.shape).to(dtype)
+    if gradients.k is None or gradients.v is None:
+        return d_q, None, None
     return d_q, gradients.k.to(call.k.dtype), gradients.v.to(call.v.dtype)
 
 
@@ -103,8 +110,9 @@ class _Attention(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         # saved, and not just kept, so that autograd notices when one is changed in place before the backward pass
         ctx.save_for_backward(
-            q, k, v, out, call.ranges, call.block_indices, call.counts, call.seq_lens, call.block_table, call.table_rows
-        )
+            q, k, v, out, call.ranges, call.block_indices, call.counts, call.seq_lens, call.block_table,
+            call.table_rows, call.k_scale, call.v_scale,
+        )  # fmt: skip
         ctx.call, ctx.budget = call, budget
         return out, lse
 
@@ -118,8 +126,19 @@ class _Attention(torch.autograd.Function):
             # the operator has a rule for vmap; `nsa_sel.ops`, which is above this module, has registered it
             operator = torch.ops.nsa_sel.selection_attention_backward
             given = call.arguments() | {"backend": "auto", "requires_grad": True}
-            return *operator(out, d_out, d_lse, **given), None, None
+            if isinstance(given["v_scale"], float):
+                given["v_scale"] = call.q.new_full((1,), given["v_scale"], dtype=torch.float32)
+            d_q, *d_kv = operator(out, d_out, d_lse, **given)
+            return d_q, *((None, None) if call.fp8 else d_kv), None, None
         return *backward(call, out, d_out, d_lse, ctx.budget), None, None
+
+
+def _widened(call: Call) -> Call:
+    """Return a call on a float8 cache as one with fp32 queries; what is gathered is widened to their dtype.
+
+    In half precision the scaled keys would be rounded, and lse with them.
+    """
+    return replace(call, q=call.q.to(torch.float32), dtype="float32", out=None) if call.fp8 else call
 
 
 @contextlib.contextmanager
@@ -221,7 +240,7 @@ def _attend_all(call: Call, work: _Work) -> tuple[torch.Tensor, torch.Tensor | N
 
 
 def _empty_rows(call: Call) -> tuple[torch.Tensor, torch.Tensor | None]:
-    out = call.v.new_zeros((call.rows, call.h, call.Dv))
+    out = call.q.new_zeros((call.rows, call.h, call.Dv))
     if not call.return_lse:
         return out, None
     return out, call.q.new_full((call.rows, call.h), -math.inf, dtype=accumulator(call.q.dtype))
@@ -247,5 +266,5 @@ def _attend_chunk(
                 out[row], exact = _pieces.attend(call, work.selection, one, replace(chunk, masked=True), work.count)
                 if exact is not None:
                     lse[row] = exact
-        out = out.to(call.v.dtype)
+        out = out.to(call.q.dtype)
     return out[:kept], lse[:kept] if call.return_lse and lse is not None else None

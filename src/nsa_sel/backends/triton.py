@@ -143,7 +143,7 @@ def run(call: Call, config: Config | None = None) -> tuple[torch.Tensor, torch.T
         config: how to launch; None: as `using` says, else the defaults.
 
     Returns:
-        out [B, S, G, h, Dv] in v's dtype; lse [B, S, G, h] fp32 or None.
+        out [B, S, G, h, Dv] in q's dtype; lse [B, S, G, h] fp32 or None.
 
     Raises:
         KernelLaunchError: the launch was refused, as where a configuration takes too much shared memory.
@@ -151,7 +151,7 @@ def run(call: Call, config: Config | None = None) -> tuple[torch.Tensor, torch.T
     """
     p = call
     shape = (p.B, p.S, p.G, p.h)
-    out = call.out if call.out is not None else call.v.new_empty((*shape, p.Dv))
+    out = call.out if call.out is not None else call.q.new_empty((*shape, p.Dv))
     lse = torch.empty(shape, dtype=torch.float32, device=call.q.device) if call.return_lse else None
     if not out.numel():
         return out, lse
@@ -191,13 +191,15 @@ def launch(call: Call, out: torch.Tensor, lse: torch.Tensor | None, config: Conf
     kernel = kernels.dense if p.n == 1 else kernels.varlen
     return kernel, {
         "q": call.q,
-        "k": call.k,
-        "v": call.v,
+        "k": call.k.view(torch.uint8) if p.fp8 else call.k,
+        "v": call.v.view(torch.uint8) if p.fp8 else call.v,
         "selection": selection,
         "counts": call.counts,
         "seq_lens": call.seq_lens,
         "table": call.block_table,
         "table_rows": call.table_rows,
+        "k_scale": call.k_scale,
+        "v_scale": call.v_scale,
         "out": out,
         "lse": lse,
         "q_strides": call.q.stride()[:4],
@@ -209,6 +211,8 @@ def launch(call: Call, out: torch.Tensor, lse: torch.Tensor | None, config: Conf
         "seq_stride": 0 if call.seq_lens is None else call.seq_lens.stride(0),
         "table_strides": (0, 0) if call.block_table is None else call.block_table.stride(),
         "table_rows_stride": 0 if call.table_rows is None else call.table_rows.stride(0),
+        "k_scale_strides": call.scale_strides(call.k_scale),
+        "v_scale_strides": call.scale_strides(call.v_scale),
         "S": p.S,
         "G": p.G,
         "h": p.h,
@@ -218,6 +222,7 @@ def launch(call: Call, out: torch.Tensor, lse: torch.Tensor | None, config: Conf
         "num_tables": p.num_tables,
         "block_size": p.block_size,
         "scale": call.scale * _LOG2_E,
+        "v_factor": call.v_factor,
         "DK": p.Dk,
         "DV": p.Dv,
         "PAGE_SIZE": p.page_size,
@@ -228,6 +233,7 @@ def launch(call: Call, out: torch.Tensor, lse: torch.Tensor | None, config: Conf
         "D": min(config.block_dims, _padded(p.Dk)),
         "E": _padded(p.Dv),
         "C": min(_SPANS, max(2, _power_of_two(p.n))),
+        "FP8": p.fp8,
         "INTERPRETED": kernels.INTERPRETED,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
