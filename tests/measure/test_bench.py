@@ -175,7 +175,7 @@ def test_a_peer_is_timed_in_its_own_process_beside_an_anchor(tmp_path: Path) -> 
     ("does", "reason", "more"),
     [
         ("os.abort()", r"its process ended \(exit status -6\)", {}),
-        ("sys.stderr.write('CUDA error: illegal address'); os._exit(7)", "status 7.*illegal address", {}),
+        ("print('illegal address', file=sys.stderr, flush=True); os._exit(7)", "status 7.*illegal address", {}),
         ("raise KeyError('BLOCK')", "KeyError: 'BLOCK'", {}),
         ("return right()[0]", r"expected \[B, S, G, 2, 64\]", {}),
         ("return right() * 0", "computed something else: MAE", {}),
