@@ -121,7 +121,9 @@ class Call:
             self.q, self.k, self.v, self.ranges, self.block_indices, self.counts, self.seq_lens, self.block_table,
             self.table_rows, self.k_scale, self.v_scale, self.out,
         ):  # fmt: skip
-            if tensor is not None and (tensor.is_neg() or (not tensor.data_ptr() and tensor.numel())):
+            if tensor is None or tensor.is_meta:  # "tensors on meta" is another reason's business
+                continue
+            if tensor.is_neg() or (not tensor.data_ptr() and tensor.numel()):
                 name = next(name for name in self.__slots__ if getattr(self, name) is tensor)
                 return f"{name}: its memory holds its negative (resolve_neg()), or nothing"
         return None

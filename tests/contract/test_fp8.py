@@ -221,6 +221,7 @@ def test_the_gradient_of_q_is_that_on_the_dequantised_cache(name: str, through: 
     q = inputs.q.detach().clone().requires_grad_()
     attend = nsa_sel.selection_attention
     if through == "operator":
+        torch._dynamo.reset()
         attend = torch.compile(attend, backend="aot_eager", fullgraph=True)
     out, lse = attend(**inputs.arguments(q=q, return_lse=True))
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
@@ -269,6 +270,7 @@ def test_one_operator_for_torch_compile_fake_and_meta_tensors(name: str) -> None
     inputs = case(name).inputs()
     arguments = inputs.arguments(return_lse=True)
     out, lse = nsa_sel.selection_attention(**arguments)
+    torch._dynamo.reset()  # its limit of recompilations is one for all tests of a process
     compiled = torch.compile(nsa_sel.selection_attention, backend="aot_eager", fullgraph=True)
     for got, expected in zip(compiled(**arguments), (out, lse), strict=True):
         torch.testing.assert_close(got, expected)
@@ -281,6 +283,7 @@ def test_one_operator_for_torch_compile_fake_and_meta_tensors(name: str) -> None
 
 
 def test_the_operator_refuses_gradients_of_the_cache() -> None:
+    torch._dynamo.reset()
     compiled = torch.compile(nsa_sel.selection_attention, backend="aot_eager", fullgraph=False)
     with pytest.raises(Exception, match="k: expected no gradient"):
         compiled(**good(k=zeros(2, 3, 32, 16, dtype=E4M3).requires_grad_()))

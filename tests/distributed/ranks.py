@@ -78,8 +78,12 @@ def _rank(work: Work, rank: int, world: int, folder: Path) -> None:
 
 def part_of(inputs: Inputs, shard: Shard) -> dict[str, Any]:
     """Return the arguments of a rank's call: of k and v its own tokens alone, in pages of its own if they have any."""
+    caches = {"k": inputs.k, "v": inputs.v}
+    for name, scale in (("k_scale", inputs.k_scale), ("v_scale", inputs.v_scale)):
+        if isinstance(scale, torch.Tensor) and scale.dim() == 3:  # one for each token, spread like its cache
+            caches[name] = scale[..., None]
     whole = [cache if inputs.block_table is None else _without_pages(cache, inputs.block_table)
-             for cache in (inputs.k, inputs.v)]  # fmt: skip
+             for cache in caches.values()]  # fmt: skip
     S_kv = whole[0].shape[2]
     tokens = torch.arange(shard.world * shard.tokens)
     own = tokens[tokens // shard.run % shard.world == shard.rank]
@@ -104,14 +108,17 @@ def part_of(inputs: Inputs, shard: Shard) -> dict[str, Any]:
             pool = part.new_full((R * pages + 1, part.shape[1], page_size, part.shape[3]), torch.nan)
             pool[table.long()] = part.view(R, part.shape[1], pages, page_size, -1).transpose(1, 2)
             parts[i] = pool
-    return inputs.arguments() | dict(k=parts[0], v=parts[1], seq_lens=lengths, block_table=table)
+    spread = dict(zip(caches, parts, strict=True))
+    scales = {name: part[..., 0] for name, part in spread.items() if name.endswith("scale")}
+    return inputs.arguments() | spread | scales | dict(seq_lens=lengths, block_table=table)
 
 
 def _without_pages(pool: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Return the caches [R, G, S_kv, D] that the rows of a page table stand for, NaN where a page is missing."""
     pages = table.long()
     caches = pool[pages.clamp(0, len(pool) - 1)]  # [R, max_pages, G, page_size, D]
-    caches[(pages < 0) | (pages >= len(pool))] = torch.nan
+    missing = (pages < 0) | (pages >= len(pool))
+    caches[missing] = pool.new_full((int(missing.sum()), *pool.shape[1:]), torch.nan)  # float8 has no masked_fill
     return caches.transpose(1, 2).flatten(2, 3)
 
 

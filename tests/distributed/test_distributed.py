@@ -107,7 +107,7 @@ def test_what_cannot_be_right_is_refused_on_every_rank(reports: Reports) -> None
         "no integer": f"ArgumentTypeError: {interleave} 2.0",
         "gradients": "AutogradError: q, k, v: expected no gradients to be required",
         "heads": "ArgumentError: shard_heads: expected G a multiple of the group's 2 ranks, or 2 a multiple of G and h",
-        "dtype": "ArgumentTypeError: k: expected bfloat16 [B=1, G=2, S_kv, Dk=64], got float32",
+        "dtype": "ArgumentTypeError: k: expected bfloat16 or float8_e4m3fn [B=1, G=2, S_kv, Dk=64], got float32",
         "other runs": "ArgumentError: interleave: expected equally many tokens per run on each rank, got [16, 32]",
         "other caches": "ArgumentError: k: expected equally many tokens in each rank's cache, got [128, 192]",
     }
