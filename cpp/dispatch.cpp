@@ -11,7 +11,6 @@ namespace nsa_sel {
 namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
-constexpr int kElementBytes = 2;
 
 int trailing_zeros(uint64_t x) { return x == 0 ? 64 : __builtin_ctzll(x); }
 
@@ -19,22 +18,25 @@ int trailing_zeros(uint64_t x) { return x == 0 ? 64 : __builtin_ctzll(x); }
 // wider, but then its strides have more factors of two, and so may the unit.
 int choose_unit_shift(const DecodeRequest& r) {
   const int64_t tokens = r.page_size > 0 ? r.page_size : r.S_kv;
+  const uint64_t bytes = bytes_of(Cache(r.cache));
   int shift = 12;
   for (const int64_t* strides : {r.k_strides, r.v_strides}) {
     // Nobody steps along a dimension of one: its stride may be anything.
-    if (tokens > 1) shift = std::min(shift, trailing_zeros(uint64_t(strides[2]) * kElementBytes));
-    if (r.num_pages > 1) shift = std::min(shift, trailing_zeros(uint64_t(strides[0]) * kElementBytes));
+    if (tokens > 1) shift = std::min(shift, trailing_zeros(uint64_t(strides[2]) * bytes));
+    if (r.num_pages > 1) shift = std::min(shift, trailing_zeros(uint64_t(strides[0]) * bytes));
   }
   return shift;
 }
 
-uint32_t units(int64_t elements, int shift) { return uint32_t(uint64_t(elements) * kElementBytes >> shift); }
+uint32_t units(int64_t elements, int element_bytes, int shift) {
+  return uint32_t(uint64_t(elements) * uint64_t(element_bytes) >> shift);
+}
 
 void check_reach(const DecodeRequest& r, const int64_t* strides, int shift, const char* name) {
   const int64_t tokens = r.page_size > 0 ? r.page_size : r.S_kv;
   int64_t reach = std::max<int64_t>(tokens - 1, 0) * strides[2];
   if (r.page_size > 0) reach += std::max<int64_t>(r.num_pages - 1, 0) * strides[0];
-  if (uint64_t(reach) * kElementBytes >> shift >= 0xffffffffull) {
+  if (uint64_t(reach) * uint64_t(bytes_of(Cache(r.cache))) >> shift >= 0xffffffffull) {
     throw std::invalid_argument(std::string(name) + ": expected rows within 2^32 units of " +
                                 std::to_string(1ll << shift) + " bytes, got a span of " + std::to_string(reach) +
                                 " elements");
@@ -47,6 +49,24 @@ Divisor divisor(int64_t d) {
   uint32_t l = 0;
   while ((int64_t(1) << l) < d) ++l;
   return {uint32_t(((uint64_t(1) << (31 + l)) + uint64_t(d) - 1) / uint64_t(d)), l};
+}
+
+ScaleParams scales(const DecodeRequest& r, const float* values, const int64_t* strides, int64_t per_token,
+                   const char* name) {
+  ScaleParams s{values, r.page_size > 0 ? 0 : strides[0], strides[1], 0, 0, int32_t(values != nullptr && per_token)};
+  if (!s.per_token) return s;
+  const auto bytes = [&](int64_t stride) {
+    if (stride < 0 || stride > (UINT32_MAX >> 2)) {
+      throw std::invalid_argument(std::string(name) +
+                                  ": expected strides under 2^30 elements from token to token, got " +
+                                  std::to_string(stride));
+    }
+    return uint32_t(stride) * 4;
+  };
+  const int64_t tokens = r.page_size > 0 ? r.page_size : r.S_kv;
+  if (tokens > 1) s.bytes_token = bytes(strides[2]);
+  if (r.page_size > 0 && r.num_pages > 1) s.bytes_page = bytes(strides[0]);
+  return s;
 }
 
 int checked_int32(int64_t value, const char* name) {
@@ -70,8 +90,8 @@ void DecodeLaunch::set_workspace(float* workspace) {
 
 DecodeLaunch prepare_decode(const DecodeRequest& r, const DeviceLimits& device) {
   DecodeLaunch launch{};
-  launch.instance =
-      find_instance(Dtype(r.dtype), int(r.Dk), int(r.Dv), int(std::min<int64_t>(r.h, 1 << 20)), Loads(r.loads));
+  launch.instance = find_instance(Dtype(r.dtype), int(r.Dk), int(r.Dv), int(std::min<int64_t>(r.h, 1 << 20)),
+                                  Loads(r.loads), Cache(r.cache));
   if (launch.instance < 0) {
     throw std::invalid_argument("q: expected dims and heads of a compiled instance, got Dk=" + std::to_string(r.Dk) +
                                 ", Dv=" + std::to_string(r.Dv) + ", h=" + std::to_string(r.h));
@@ -80,7 +100,7 @@ DecodeLaunch prepare_decode(const DecodeRequest& r, const DeviceLimits& device) 
     throw std::invalid_argument("loads: expected 'cp.async' below compute capability 9.0, got 'bulk'");
   }
   const InstanceKey& key = kInstances[launch.instance];
-  const TileShape tile = tile_shape(key.Dk, key.Dv, key.head_tile, key.loads);
+  const TileShape tile = tile_shape(key.Dk, key.Dv, key.head_tile, key.loads, key.cache);
 
   DecodeParams& p = launch.decode;
   p.q = r.q, p.k = r.k, p.v = r.v, p.selection = r.selection;
@@ -104,9 +124,10 @@ DecodeLaunch prepare_decode(const DecodeRequest& r, const DeviceLimits& device) 
   if (p.unit_shift < 4) throw std::invalid_argument("k, v: expected strides that are multiples of 16 bytes");
   check_reach(r, r.k_strides, p.unit_shift, "k");
   check_reach(r, r.v_strides, p.unit_shift, "v");
-  p.k_unit_token = units(r.k_strides[2], p.unit_shift), p.v_unit_token = units(r.v_strides[2], p.unit_shift);
-  p.k_unit_page = r.page_size > 0 ? units(r.k_strides[0], p.unit_shift) : 0;
-  p.v_unit_page = r.page_size > 0 ? units(r.v_strides[0], p.unit_shift) : 0;
+  const auto row_units = [&](int64_t elements) { return units(elements, tile.cache_bytes, int(p.unit_shift)); };
+  p.k_unit_token = row_units(r.k_strides[2]), p.v_unit_token = row_units(r.v_strides[2]);
+  p.k_unit_page = r.page_size > 0 ? row_units(r.k_strides[0]) : 0;
+  p.v_unit_page = r.page_size > 0 ? row_units(r.v_strides[0]) : 0;
 
   p.S = checked_int32(r.S, "S"), p.G = checked_int32(r.G, "G"), p.h = int(r.h), p.n = checked_int32(r.n, "n");
   p.S_kv = checked_int32(r.S_kv, "S_kv");
@@ -120,6 +141,11 @@ DecodeLaunch prepare_decode(const DecodeRequest& r, const DeviceLimits& device) 
   p.scale_log2 = float(r.scale * kLog2E);
   if (!std::isfinite(p.scale_log2)) {
     throw std::invalid_argument("softmax_scale: expected a value that fp32 holds, got " + std::to_string(r.scale));
+  }
+  if (Cache(r.cache) != Cache::kSame) {
+    p.out_scale = float(r.v_factor);
+    p.k_scale = scales(r, r.k_scale, r.k_scale_strides, r.k_scale_per_token, "k_scale");
+    p.v_scale = scales(r, r.v_scale, r.v_scale_strides, r.v_scale_per_token, "v_scale");
   }
 
   const PlanRequest request{r.B * r.S * r.G,        int(r.h),         r.max_selected, r.S_kv,

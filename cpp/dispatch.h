@@ -21,7 +21,9 @@ struct DecodeRequest {
   const int32_t* table_rows;   // [B] or null
   void* out;                   // [B, S, G, h, Dv]
   float* lse;                  // [B, S, G, h] contiguous or null
-  int64_t dtype;               // Dtype
+  const float* k_scale;        // float8: [1], [G] or a token of the cache each, by its strides; null: a constant
+  const float* v_scale;
+  int64_t dtype;  // Dtype
   int64_t B, S, G, h, Dk, Dv, S_kv, n;
   int64_t page_size, num_pages, num_tables;  // page_size 0: not paged
   int64_t block_size;                        // 0: ranges
@@ -29,13 +31,17 @@ struct DecodeRequest {
   int64_t max_selected;                 // -1: unknown
   int64_t batch_invariant, num_splits;  // num_splits 0: choose
   int64_t loads;                        // Loads
-  int64_t q_strides[4];                 // b, s, g, h
-  int64_t k_strides[3], v_strides[3];   // b or page, g, token
-  int64_t out_strides[4];               // b, s, g, h
-  int64_t sel_strides[4];               // b, s, g, n
-  int64_t counts_strides[3];            // b, s, g
+  int64_t cache;                        // Cache
+  int64_t k_scale_per_token, v_scale_per_token;
+  int64_t q_strides[4];                // b, s, g, h
+  int64_t k_strides[3], v_strides[3];  // b or page, g, token
+  int64_t out_strides[4];              // b, s, g, h
+  int64_t sel_strides[4];              // b, s, g, n
+  int64_t counts_strides[3];           // b, s, g
   int64_t seq_lens_stride, table_stride, table_rows_stride;
+  int64_t k_scale_strides[3], v_scale_strides[3];  // b or page, g, token
   double scale;
+  double v_factor;  // a constant that V is multiplied by; K's is part of scale
 };
 
 // Name, offset and number of 64-bit values of each member, in order: Python compares its own list with this one.
@@ -55,6 +61,8 @@ inline constexpr RequestField kRequestFields[] = {
     NSA_SEL_FIELD(table_rows),
     NSA_SEL_FIELD(out),
     NSA_SEL_FIELD(lse),
+    NSA_SEL_FIELD(k_scale),
+    NSA_SEL_FIELD(v_scale),
     NSA_SEL_FIELD(dtype),
     NSA_SEL_FIELD(B),
     NSA_SEL_FIELD(S),
@@ -74,6 +82,9 @@ inline constexpr RequestField kRequestFields[] = {
     NSA_SEL_FIELD(batch_invariant),
     NSA_SEL_FIELD(num_splits),
     NSA_SEL_FIELD(loads),
+    NSA_SEL_FIELD(cache),
+    NSA_SEL_FIELD(k_scale_per_token),
+    NSA_SEL_FIELD(v_scale_per_token),
     NSA_SEL_FIELD(q_strides),
     NSA_SEL_FIELD(k_strides),
     NSA_SEL_FIELD(v_strides),
@@ -83,7 +94,10 @@ inline constexpr RequestField kRequestFields[] = {
     NSA_SEL_FIELD(seq_lens_stride),
     NSA_SEL_FIELD(table_stride),
     NSA_SEL_FIELD(table_rows_stride),
+    NSA_SEL_FIELD(k_scale_strides),
+    NSA_SEL_FIELD(v_scale_strides),
     NSA_SEL_FIELD(scale),
+    NSA_SEL_FIELD(v_factor),
 #undef NSA_SEL_FIELD
 };
 

@@ -9,7 +9,8 @@ std::string dtype_name(Dtype dtype) { return dtype == Dtype::kFloat16 ? "float16
 
 std::string instance_name(const InstanceKey& key) {
   return dtype_name(key.dtype) + "_" + std::to_string(key.Dk) + "x" + std::to_string(key.Dv) + "_h" +
-         std::to_string(key.head_tile) + (key.loads == Loads::kBulk ? "_bulk" : "");
+         std::to_string(key.head_tile) + (key.loads == Loads::kBulk ? "_bulk" : "") +
+         (key.cache == Cache::kFloat8E4m3 ? "_float8" : "");
 }
 
 std::string kernel_name(int kernel) {

@@ -8,6 +8,9 @@ namespace nsa_sel {
 
 enum class Dtype : int32_t { kFloat16 = 0, kBfloat16 = 1 };
 
+// What K and V hold: elements of q's dtype, or one byte an element, which the consumers widen to q's dtype.
+enum class Cache : int32_t { kSame = 0, kFloat8E4m3 = 1 };
+
 // How tiles come into the ring. Bulk copies are an experiment: sm_90, chosen by name only.
 enum class Loads : int32_t { kCpAsync = 0, kBulk = 1 };
 
@@ -16,6 +19,7 @@ struct SmemLayout {
   uint32_t barriers;  // mbarriers: ring full/empty, map full/empty, q full/empty
   uint32_t segments;  // [map slots] SegmentHeader
   uint32_t map;       // [map slots][2][segment] uint32: K then V row offsets
+  uint32_t scales;    // float8: [map slots][2][segment] fp32, of each token's K and V row; [map slots] RowScales
   uint32_t row_max;   // [token warps][head tile] fp32
   uint32_t row_sum;   // [token warps][head tile] fp32
   uint32_t q;         // [Dk/64][head tile][64] T, 128-byte rows, swizzled; rows of a used unit beyond h are zero
@@ -29,6 +33,15 @@ struct SmemLayout {
 // instructions on the device, a 64-bit one a call of 100.
 struct Divisor {
   uint32_t multiplier, shift;
+};
+
+// The factors that a float8 cache's K or V comes with. Constants are folded into the launch's own factors; a factor a
+// group is read by row, a factor a token with the token.
+struct ScaleParams {
+  const float* values;               // null: a constant
+  int64_t stride_b, stride_g;        // in elements; stride_b unused when paged
+  uint32_t bytes_token, bytes_page;  // as a row offset's, in bytes
+  int32_t per_token;
 };
 
 // Everything one decode launch needs. Strides are in elements; unit strides are in units of `1 << unit_shift` bytes.
@@ -67,6 +80,8 @@ struct DecodeParams {
   int32_t chunk_slots;  // slots of a selection looked at together: 32, fewer where their tokens could pass 2^31
   Divisor by_S, by_G, by_page, by_splits;
   float scale_log2;  // softmax scale * log2(e): logits are kept in base 2
+  float out_scale;   // float8: V's constant factor
+  ScaleParams k_scale, v_scale;
 
   // The plan: items [0, full_rows) are whole rows, the rest are (row, split) pairs, split innermost.
   int32_t full_rows, num_splits, num_items;

@@ -53,12 +53,12 @@ int bytes_in_flight_needed(int capability) {
 int slots_that_fit(const TileShape& tile, const DeviceLimits& device, int blocks) {
   const int per_block = std::min(device.smem_per_block, device.smem_per_sm / blocks - kReservedPerBlock);
   int slots = 0;
-  while (slots < kMaxSlots && int(smem_layout(tile, slots + 1).total) <= per_block) ++slots;
+  while (slots < tile.max_slots && int(smem_layout(tile, slots + 1).total) <= per_block) ++slots;
   return slots;
 }
 
 int best_splits(const TileShape& tile, int h, int64_t L) {
-  const double row_bytes = double(L) * (tile.Dk + tile.Dv) * 2;
+  const double row_bytes = double(L) * (tile.Dk + tile.Dv) * tile.cache_bytes;
   const double partial_bytes = 4.0 * h * tile.Dv;
   return std::max(1, int(std::lround(std::sqrt(row_bytes / partial_bytes))));
 }

@@ -17,9 +17,9 @@ namespace nsa_sel {
 constexpr int kConsumerWarps = 4;
 constexpr int kLoaderWarps = 1;
 constexpr int kDecodeThreads = 32 * (kConsumerWarps + kLoaderWarps + 1);  // + the mapper warp
-constexpr int kMapSlots = 3;   // segments whose row map exists at once: consumed, loading, being built
-constexpr int kMaxSlots = 16;  // of the ring
+constexpr int kMapSlots = 3;  // segments whose row map exists at once: consumed, loading, being built
 constexpr int kSegmentHeaderBytes = 32;
+constexpr int kRowScalesBytes = 8;
 
 struct TileShape {
   int Dk, Dv;
@@ -28,6 +28,9 @@ struct TileShape {
   int token_warps;  // ... and the tokens (pass 1) or the columns of V (pass 2)
   int units;        // units of 8 heads a warp holds
   Loads loads;
+  Cache cache;
+  int cache_bytes;    // of an element of K or V
+  int max_slots;      // of the ring
   int row_padding;    // bytes behind a row in a slot: 0 where rows are swizzled slabs
   int slot_bytes;     // one ring slot
   int rows_k;         // K rows in a slot
@@ -36,6 +39,7 @@ struct TileShape {
   int blocks_per_sm;  // what the registers allow (the launch bound)
 };
 
+constexpr int bytes_of(Cache cache) { return cache == Cache::kFloat8E4m3 ? 1 : 2; }
 constexpr int gcd(int a, int b) { return b == 0 ? a : gcd(b, a % b); }
 
 // 16 heads: four warps split the tokens of a 64-row tile and each holds all heads. 32 and 64 heads: two warps split the
@@ -44,9 +48,15 @@ constexpr int gcd(int a, int b) { return b == 0 ? a : gcd(b, a % b); }
 //
 // A bulk copy moves a row as one piece and cannot swizzle it: 16 bytes of padding a row then keep ldmatrix free of bank
 // conflicts.
-constexpr TileShape tile_shape(int Dk, int Dv, int head_tile, Loads loads = Loads::kCpAsync) {
+//
+// A float8 cache has slots of as many rows, so of half the bytes; where one block has an SM to itself, twice as many.
+constexpr TileShape tile_shape(int Dk, int Dv, int head_tile, Loads loads = Loads::kCpAsync,
+                               Cache cache = Cache::kSame) {
   TileShape t{};
   t.loads = loads;
+  t.cache = cache;
+  t.cache_bytes = bytes_of(cache);
+  t.max_slots = cache == Cache::kFloat8E4m3 && head_tile > 32 ? 32 : 16;
   t.row_padding = loads == Loads::kBulk ? 16 : 0;
   t.Dk = Dk;
   t.Dv = Dv;
@@ -55,9 +65,9 @@ constexpr TileShape tile_shape(int Dk, int Dv, int head_tile, Loads loads = Load
   t.token_warps = kConsumerWarps / t.head_warps;
   t.units = head_tile / 8 / t.head_warps;
   const int base_rows = 16 * t.token_warps;
-  const int data_bytes = base_rows * (Dk > Dv ? Dk : Dv) * 2;
-  t.rows_k = data_bytes / (2 * Dk);
-  t.rows_v = data_bytes / (2 * Dv);
+  const int data_bytes = base_rows * (Dk > Dv ? Dk : Dv) * t.cache_bytes;
+  t.rows_k = data_bytes / (t.cache_bytes * Dk);
+  t.rows_v = data_bytes / (t.cache_bytes * Dv);
   const int padding = t.row_padding * (t.rows_k > t.rows_v ? t.rows_k : t.rows_v);
   t.slot_bytes = (data_bytes + padding + 127) / 128 * 128;
   const int step = t.rows_k / gcd(t.rows_k, t.rows_v) * t.rows_v;
@@ -82,11 +92,14 @@ constexpr SmemLayout smem_layout(const TileShape& t, int num_slots) {
   SmemLayout s{};
   uint32_t at = 0;
   s.num_slots = num_slots;
-  // Ring full and empty (of as many slots as there may be), a map's tiles full and the map empty, Q full and empty.
-  s.num_barriers = 2 * kMaxSlots + kMapSlots * (t.segment / t.rows_k + 1) + 2;
+  const bool scaled = t.cache == Cache::kFloat8E4m3;
+  // Ring full and empty (of as many slots as there may be), a map's tiles full and the map empty, Q full and empty; the
+  // scales of a map's tokens.
+  s.num_barriers = 2 * t.max_slots + kMapSlots * (t.segment / t.rows_k + 1) + 2 + (scaled ? kMapSlots : 0);
   s.barriers = at, at = align_up(at + uint32_t(s.num_barriers) * 8, 16);
   s.segments = at, at += uint32_t(kMapSlots * kSegmentHeaderBytes);
   s.map = at, at += uint32_t(kMapSlots * 2 * t.segment * 4);
+  s.scales = at, at += scaled ? align_up(uint32_t(kMapSlots * (2 * t.segment * 4 + kRowScalesBytes)), 16) : 0;
   s.row_max = at, at += uint32_t(t.token_warps * t.head_tile * 4);
   s.row_sum = at, at = align_up(at + uint32_t(t.token_warps * t.head_tile * 4), 128);
   s.q = at, at += uint32_t(t.head_tile * t.Dk * 2);

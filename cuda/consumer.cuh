@@ -3,6 +3,11 @@
 // Tokens are the M side of every MMA and heads the N side, in units of 8: S^T = K Q^T and O^T = V^T P^T. A thread of a
 // fragment always holds the same heads (2t and 2t+1 of each unit, t = lane % 4), so max, sum and rescaling stay in
 // registers; only the max over other warps' tokens and P itself go through shared memory.
+//
+// A float8 cache is widened between ldmatrix, which moves pairs of codes, and the MMA. Of a row of K a thread then
+// holds four neighbouring columns, not two and two: Q's fragments are taken in the same order. Of V it holds tokens 2t
+// and 2t + 1 in columns 2g and 2g + 1 of a tile of 16, which are rows g and g + 8 of the MMA: O's columns are in that
+// order.
 #pragma once
 #include "softmax_state.cuh"
 #include "traits.cuh"
@@ -16,17 +21,30 @@ struct Consumer {
   static constexpr int kHeads = Traits::kHeadTile;
   static constexpr int kGroupThreads = 32 * Traits::kTokenWarps;  // the warps that share a set of heads
 
+  // Bytes of a slab's row, of a slab and from a row to the next, in a tile of K or V.
+  static constexpr int kWidthK = slab_bytes(Traits::kDk * Traits::kCacheBytes);
+  static constexpr int kWidthV = slab_bytes(Traits::kDv * Traits::kCacheBytes);
+  static constexpr int kSlabK = Traits::kBulk ? 128 : kRowsK * kWidthK;
+  static constexpr int kRowK = Traits::kBulk ? Traits::kDk * 2 + Traits::kTile.row_padding : kWidthK;
+  static constexpr int kRowV = Traits::kBulk ? Traits::kDv * 2 + Traits::kTile.row_padding : kWidthV;
+  static constexpr int kPairsK = kWidthK / 32;             // ldmatrix of one slab
+  static constexpr int kLoadsK = Traits::kFloat8 ? 1 : 2;  // ldmatrix of 32 columns of K
+  static constexpr int kStepsK = kPairsK / kLoadsK;        // times 32 columns of a slab
+  static constexpr int kTilesV =
+      Traits::kFloat8 ? (Traits::kColumnTiles > 1 ? 2 : 1) : 1;  // column tiles of an ldmatrix
+  static constexpr int kLoadsV = Traits::kColumnTiles / kTilesV;
+
   const DecodeParams& p;
   const SharedViews<Traits> smem;
   const int lane, g, t;  // g = lane / 4: token or column in a fragment; t = lane % 4: pair of heads
   const int head_warp, token_warp;
-  const int first_unit;                // of this warp's heads
-  const int used_units;                // units of 8 heads that the row has for this warp: 1 at least
-  int q_offset[2];                     // in Q, by half a slab
-  int k_offset[4];                     // in a K tile, of this lane's row of each ldmatrix, by pair of chunks in a slab
-  int v_offset[Traits::kColumnTiles];  // in a V tile, by tile of columns
-  int p_offset[kUnits / 2];            // in P, by pair of units; a unit that the row does not have reads another
-                                       // one's place
+  const int first_unit;      // of this warp's heads
+  const int used_units;      // units of 8 heads that the row has for this warp: 1 at least
+  int q_offset[2];           // in Q, by half a slab
+  int k_offset[kPairsK];     // in a K tile, of this lane's row of each ldmatrix, by pair of chunks in a slab
+  int v_offset[kLoadsV];     // in a V tile, by ldmatrix
+  int p_offset[kUnits / 2];  // in P, by pair of units; a unit that the row does not have reads another
+                             // one's place
   RingCursor slot, segment;
   uint32_t q_phase = 0;
 
@@ -34,6 +52,8 @@ struct Consumer {
   float logits[Traits::kTilesK][Traits::kSubTiles][kUnits][4];
   float o[Traits::kColumnTiles][kUnits][4];
   SoftmaxState<2 * kUnits> state;
+  using Values = ValueScale<Traits::kFloat8 && dev::kIsHalf<T>>;
+  Values value_scale;
 
   __device__ __forceinline__ Consumer(const DecodeParams& params, const SharedViews<Traits>& views, int warp)
       : p(params),
@@ -48,17 +68,22 @@ struct Consumer {
     // Kept in registers: what is left to add for a tile, a slab or 16 rows are immediates of the ldmatrix.
 #pragma unroll
     for (int j = 0; j < 2; ++j)
-      q_offset[j] = dev::keep<Traits::kKeepOffsets>(slab_offset(kHeads, lane & 7, 4 * j + (lane >> 3)));
+      q_offset[j] =
+          dev::keep<Traits::kKeepOffsets>(Traits::kFloat8 ? q_chunk_offset<Traits>(g, 4 * j + (t >> 1)) + (t & 1) * 8
+                                                          : q_chunk_offset<Traits>(lane & 7, 4 * j + (lane >> 3)));
 #pragma unroll
-    for (int c = 0; c < 4; ++c) {
+    for (int c = 0; c < kPairsK; ++c) {
       k_offset[c] = dev::keep<Traits::kKeepOffsets>(
           tile_offset<Traits, Traits::kDk, kRowsK>(token_warp * 16 + (lane & 15), 2 * c + (lane >> 4)));
     }
 #pragma unroll
-    for (int c = 0; c < Traits::kColumnTiles; ++c) {
-      const int chunk = (token_warp * Traits::kColumnTiles + c) * 2 + ((lane >> 3) & 1);
-      v_offset[c] = dev::keep<Traits::kKeepOffsets>(
-          tile_offset<Traits, Traits::kDv, kRowsV>((lane >> 4) * 8 + (lane & 7), chunk));
+    for (int c = 0; c < kLoadsV; ++c) {
+      // 16 bit: two chunks are a tile of columns, tokens 8..15 behind both. Float8: a chunk is a tile, of all 16
+      // tokens.
+      const int chunk = Traits::kFloat8 ? token_warp * Traits::kColumnTiles + c * kTilesV + (lane >> 4) % kTilesV
+                                        : (token_warp * Traits::kColumnTiles + c) * 2 + ((lane >> 3) & 1);
+      const int row = Traits::kFloat8 ? lane & 15 : (lane >> 4) * 8 + (lane & 7);
+      v_offset[c] = dev::keep<Traits::kKeepOffsets>(tile_offset<Traits, Traits::kDv, kRowsV>(row, chunk));
     }
 #pragma unroll
     for (int pair = 0; pair < kUnits / 2; ++pair) {
@@ -66,11 +91,6 @@ struct Consumer {
       p_offset[pair] = dev::keep<Traits::kKeepOffsets>((unit * Traits::kSegment + (lane & 15)) * 16);
     }
   }
-  // Bytes from a slab to the next and from a row to the next, in a tile of K or V.
-  static constexpr int kSlabK = Traits::kBulk ? 128 : kRowsK * 128;
-  static constexpr int kRowK = Traits::kBulk ? Traits::kDk * 2 + Traits::kTile.row_padding : 128;
-  static constexpr int kRowV = Traits::kBulk ? Traits::kDv * 2 + Traits::kTile.row_padding : 128;
-
   // Units beyond the row's heads are skipped, not padded: the test is the same for all lanes.
   __device__ __forceinline__ bool has_unit(int u) const { return u == 0 || u < used_units; }
 
@@ -89,14 +109,34 @@ struct Consumer {
     if (lane == 0) dev::mbarrier_arrive(barrier);
   }
 
-  // Four 8x8 matrices of Q: unit u's heads by half a slab, 32 columns.
+  // Unit u's heads by half a slab, 32 columns: the fragments of two MMAs.
   __device__ __forceinline__ void load_q_fragment(uint32_t (&r)[4], int u, int slab, int half) const {
     const unsigned char* q = reinterpret_cast<const unsigned char*>(smem.q) + (first_unit + u) * 8 * 128;
-    dev::ldmatrix_x4(r, q + q_offset[half] + slab * kHeads * 128);
+    if constexpr (Traits::kFloat8) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int at = q_offset[half] ^ i * 32;  // two chunks on
+        const uint2 four = dev::load(reinterpret_cast<const uint2*>(q + at + slab * kHeads * 128));
+        r[2 * i] = four.x, r[2 * i + 1] = four.y;
+      }
+    } else {
+      dev::ldmatrix_x4(r, q + q_offset[half] + slab * kHeads * 128);
+    }
+  }
+  // K's fragment of MMA `i` of 32 columns, as ldmatrix gave it.
+  __device__ __forceinline__ static void key_fragment(uint32_t (&a)[4], const uint32_t (&loaded)[kLoadsK][4], int i) {
+    if constexpr (Traits::kFloat8) {
+      dev::widen_low_high<T>(loaded[0][2 * i], a[0], a[2]);
+      dev::widen_low_high<T>(loaded[0][2 * i + 1], a[1], a[3]);
+    } else {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) a[e] = loaded[i][e];
+    }
   }
 
   __device__ __forceinline__ void begin_item() {
     state.init();
+    value_scale.init(p.v_scale.per_token);
 #pragma unroll
     for (int c = 0; c < Traits::kColumnTiles; ++c)
 #pragma unroll
@@ -119,14 +159,14 @@ struct Consumer {
   // One m16 tile of K, `sub` steps behind the warp's first, against all heads of the warp. Where registers allow, the
   // next fragments are asked for before the current ones are multiplied.
   __device__ __forceinline__ void multiply_keys(const unsigned char* tile, int sub, float (&acc)[kUnits][4]) {
-    constexpr int kSets = Traits::kAccumulatorSets, kSlabs = Traits::kDk / 64;
+    constexpr int kSets = Traits::kAccumulatorSets, kSlabs = Traits::kDk * Traits::kCacheBytes / kWidthK;
     float sums[kSets][kUnits][4] = {};
-    uint32_t a[2][2][4];  // of half a slab: 32 columns
-    const auto load = [&](int slab, int half) {
+    uint32_t loaded[2][kLoadsK][4];  // of 32 columns
+    const auto load = [&](int slab, int step) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        dev::ldmatrix_x4(a[half][i],
-                         tile + k_offset[2 * half + i] + slab * kSlabK + sub * 16 * Traits::kTokenWarps * kRowK);
+      for (int i = 0; i < kLoadsK; ++i) {
+        dev::ldmatrix_x4(loaded[step & 1][i],
+                         tile + k_offset[kLoadsK * step + i] + slab * kSlabK + sub * 16 * Traits::kTokenWarps * kRowK);
       }
     };
     if (Traits::kFragmentsAhead) load(0, 0);
@@ -134,22 +174,25 @@ struct Consumer {
 #pragma unroll(Traits::kHeadTile > 32 ? 1 : kSlabs)
     for (int slab = 0; slab < kSlabs; ++slab) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (!Traits::kFragmentsAhead) load(slab, half);
-        if (Traits::kFragmentsAhead && half == 0) load(slab, 1);
-        if (Traits::kFragmentsAhead && half == 1 && slab + 1 < kSlabs) load(slab + 1, 0);
+      for (int step = 0; step < kStepsK; ++step) {
+        if (!Traits::kFragmentsAhead) load(slab, step);
+        if (Traits::kFragmentsAhead && step + 1 < kStepsK) load(slab, step + 1);
+        if (Traits::kFragmentsAhead && step + 1 == kStepsK && slab + 1 < kSlabs) load(slab + 1, 0);
+        uint32_t a[2][4];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) key_fragment(a[i], loaded[step & 1], i);
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
           if (!has_unit(u)) continue;
           uint32_t b[4];
           if constexpr (Traits::kQInRegisters) {
 #pragma unroll
-            for (int e = 0; e < 4; ++e) b[e] = q_fragments[2 * slab + half][u][e];
+            for (int e = 0; e < 4; ++e) b[e] = q_fragments[kStepsK * slab + step][u][e];
           } else {
-            load_q_fragment(b, u, slab, half);
+            load_q_fragment(b, u, slab * (kStepsK / 2) + step / 2, step % 2);
           }
-          dev::mma_m16n8k16<T>(sums[0][u], a[half][0], b[0], b[1]);
-          dev::mma_m16n8k16<T>(sums[kSets - 1][u], a[half][1], b[2], b[3]);
+          dev::mma_m16n8k16<T>(sums[0][u], a[0], b[0], b[1]);
+          dev::mma_m16n8k16<T>(sums[kSets - 1][u], a[1], b[2], b[3]);
         }
       }
     }
@@ -159,6 +202,20 @@ struct Consumer {
       for (int e = 0; e < 4; ++e) acc[u][e] = kSets == 1 ? sums[0][u][e] : sums[0][u][e] + sums[kSets - 1][u][e];
   }
 
+  // What logits are multiplied by: the tile's rows g and g + 8 from `position` on.
+  struct LogitScales {
+    float low, high;
+  };
+  __device__ __forceinline__ LogitScales logit_scales(float of_row, int position) const {
+    if constexpr (Traits::kFloat8) {
+      if (!p.k_scale.per_token) return {of_row, of_row};
+      const float* scales = smem.scales_k(segment.slot) + position;
+      return {of_row * dev::load(scales), of_row * dev::load(scales + 8)};
+    } else {
+      return {p.scale_log2, p.scale_log2};
+    }
+  }
+
   // Without a page table every position under `tokens` has a row.
   __device__ __forceinline__ bool selected(int position, int tokens) const {
     return position < tokens && (p.page_size == 0 || dev::load(smem.map_k(segment.slot) + position) != kNoRow);
@@ -166,6 +223,8 @@ struct Consumer {
 
   // Pass 1: base-2 logits of the whole segment into registers; tokens that do not exist are -inf.
   __device__ __forceinline__ void compute_logits(int tokens) {
+    float of_row = 0.0f;
+    if constexpr (Traits::kFloat8) of_row = dev::load(&smem.row_scales[segment.slot].logits);
 #pragma unroll
     for (int kt = 0; kt < Traits::kTilesK; ++kt) {
       if (kt * kRowsK >= tokens) break;
@@ -180,14 +239,21 @@ struct Consumer {
       __syncwarp();
       arrive(smem.slot_empty + slot.slot);
       slot.advance(p.smem.num_slots);
+      if constexpr (Traits::kFloat8) {
+        if (kt == 0 && (p.k_scale.per_token || p.v_scale.per_token)) {
+          dev::mbarrier_wait(smem.scales_full + segment.slot, segment.phase);
+        }
+      }
 #pragma unroll
       for (int sub = 0; sub < Traits::kSubTiles; ++sub) {
         const int first = kt * kRowsK + (sub * Traits::kTokenWarps + token_warp) * 16, position = first + g;
+        if (Traits::kFloat8 && first >= tokens) continue;
+        const LogitScales scale = logit_scales(of_row, position);
         if (p.page_size == 0 && first + 16 <= tokens) {
 #pragma unroll
           for (int u = 0; u < kUnits; ++u)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) logits[kt][sub][u][e] *= p.scale_log2;
+            for (int e = 0; e < 4; ++e) logits[kt][sub][u][e] *= e < 2 ? scale.low : scale.high;
           continue;
         }
         const bool low = selected(position, tokens), high = selected(position + 8, tokens);
@@ -196,7 +262,7 @@ struct Consumer {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             float& x = logits[kt][sub][u][e];
-            x = (e < 2 ? low : high) ? x * p.scale_log2 : -INFINITY;
+            x = (e < 2 ? low : high) ? x * (e < 2 ? scale.low : scale.high) : -INFINITY;
           }
       }
     }
@@ -244,6 +310,13 @@ struct Consumer {
       }
   }
 
+  // Of the segment's tokens. Every warp looks at all of them.
+  __device__ __forceinline__ float largest_value_scale(int tokens) const {
+    float largest = 0.0f;
+    for (int i = lane; i < tokens; i += 32) largest = fmaxf(largest, fabsf(dev::load(smem.scales_v(segment.slot) + i)));
+    return __uint_as_float(__reduce_max_sync(0xffffffffu, __float_as_uint(largest)));
+  }
+
   // The exact max of the segment over all tokens, folded into the state; O is brought to the new max.
   __device__ __forceinline__ void update_max(int tokens, bool first_segment) {
     float local[2 * kUnits];
@@ -263,6 +336,10 @@ struct Consumer {
         }
       }
     exchange(smem.row_max, local, [](float a, float b) { return fmaxf(a, b); });
+    float shrink = 1.0f;
+    if constexpr (Values::kUsed) {
+      if (p.v_scale.per_token) shrink = value_scale.raise(largest_value_scale(tokens));
+    }
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
       if (!has_unit(u)) continue;
@@ -271,7 +348,7 @@ struct Consumer {
 #pragma unroll
       for (int c = 0; c < Traits::kColumnTiles; ++c)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) o[c][u][e] *= factor[e & 1];
+        for (int e = 0; e < 4; ++e) o[c][u][e] *= factor[e & 1] * shrink;
     }
   }
 
@@ -283,6 +360,14 @@ struct Consumer {
       for (int sub = 0; sub < Traits::kSubTiles; ++sub) {
         const int position = kt * kRowsK + (sub * Traits::kTokenWarps + token_warp) * 16;
         if (position >= tokens) continue;
+        float of_token[2] = {1.0f, 1.0f};  // rows g and g + 8
+        if constexpr (Traits::kFloat8) {
+          if (p.v_scale.per_token) {
+            const float* scales = smem.scales_v(segment.slot) + position + g;
+            const float unit = value_scale.inverse();
+            of_token[0] = dev::load(scales) * unit, of_token[1] = dev::load(scales + 8) * unit;
+          }
+        }
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
           if (!has_unit(u)) continue;
@@ -291,6 +376,7 @@ struct Consumer {
           for (int e = 0; e < 4; ++e) {
             weights[e] = state.weight(2 * u + (e & 1), logits[kt][sub][u][e]);
             state.sum[2 * u + (e & 1)] += weights[e];
+            if (Traits::kFloat8) weights[e] *= of_token[e / 2];
           }
           uint32_t* row =
               reinterpret_cast<uint32_t*>(smem.p + ((first_unit + u) * Traits::kSegment + position + g) * 8) + t;
@@ -303,7 +389,7 @@ struct Consumer {
 
   // Fragments of 16 tokens: V's columns of this warp, and the probabilities of its heads.
   struct ValueStep {
-    uint32_t a[Traits::kColumnTiles][4];
+    uint32_t a[kLoadsV][4];
     uint32_t b[kUnits][2];
   };
   __device__ __forceinline__ void load_values(ValueStep& step, const unsigned char* tile, int row0,
@@ -316,17 +402,30 @@ struct Consumer {
       for (int e = 0; e < 4; ++e) step.b[2 * pair + e / 2][e % 2] = r[e];
     }
 #pragma unroll
-    for (int c = 0; c < Traits::kColumnTiles; ++c) {
+    for (int c = 0; c < kLoadsV; ++c) {
       dev::ldmatrix_x4_trans(step.a[c], tile + v_offset[c] + row0 * kRowV);
     }
   }
   __device__ __forceinline__ void multiply_values(const ValueStep& step) {
 #pragma unroll
-    for (int c = 0; c < Traits::kColumnTiles; ++c)
+    for (int c = 0; c < Traits::kColumnTiles; ++c) {
+      uint32_t a[4];
+      value_fragment(a, step.a[c / kTilesV], c % kTilesV);
 #pragma unroll
       for (int u = 0; u < kUnits; ++u) {
-        if (has_unit(u)) dev::mma_m16n8k16<T>(o[c][u], step.a[c], step.b[u][0], step.b[u][1]);
+        if (has_unit(u)) dev::mma_m16n8k16<T>(o[c][u], a, step.b[u][0], step.b[u][1]);
       }
+    }
+  }
+  // V's fragment of column tile `i` of an ldmatrix.
+  __device__ __forceinline__ static void value_fragment(uint32_t (&a)[4], const uint32_t (&loaded)[4], int i) {
+    if constexpr (Traits::kFloat8) {
+      dev::widen_even_odd<T>(loaded[2 * i], a[0], a[1]);
+      dev::widen_even_odd<T>(loaded[2 * i + 1], a[2], a[3]);
+    } else {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) a[e] = loaded[e];
+    }
   }
 
   // Pass 2: every warp of the group owns kDv / kTokenWarps columns of O.
@@ -400,7 +499,7 @@ struct Consumer {
 
   // Whole rows, `state.sum` inverse: normalise, transpose 8x8 blocks in registers so that a head's columns are
   // neighbours, write once.
-  __device__ __forceinline__ void write_row(int row) const {
+  __device__ __forceinline__ void write_row(int row, float out_scale) const {
     const auto [thread, g, t, token_warp] = place();
     const RowIndex r = row_index(p, row);
     T* out = static_cast<T*>(p.out) + uint32_t(r.b) * p.out_stride_b + uint32_t(r.s) * p.out_stride_s +
@@ -409,15 +508,23 @@ struct Consumer {
     for (int u = 0; u < kUnits; ++u) {
       if (!has_unit(u)) continue;
       const int unit = first_unit + u;
+      const float scale[2] = {state.sum[2 * u] * out_scale, state.sum[2 * u + 1] * out_scale};
 #pragma unroll
       for (int c = 0; c < Traits::kColumnTiles; ++c) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const uint32_t column =
-              dev::pack2<T>(o[c][u][2 * half] * state.sum[2 * u], o[c][u][2 * half + 1] * state.sum[2 * u + 1]);
-          const uint32_t pair = dev::movmatrix_trans(column);  // now head g, columns 2t and 2t + 1
-          const int head = unit * 8 + g;
-          const int d = (token_warp * Traits::kColumnTiles + c) * 16 + half * 8 + 2 * t;
+          const int tile = (token_warp * Traits::kColumnTiles + c) * 16;
+          const float (&x)[4] = o[c][u];
+          uint32_t pair;
+          int head, d;
+          if constexpr (Traits::kFloat8) {
+            pair = dev::pack2<T>(x[half] * scale[half], x[half + 2] * scale[half]);  // neighbours already
+            head = unit * 8 + 2 * t + half, d = tile + 2 * g;
+          } else {
+            const uint32_t column = dev::pack2<T>(x[2 * half] * scale[0], x[2 * half + 1] * scale[1]);
+            pair = dev::movmatrix_trans(column);  // now head g, columns 2t and 2t + 1
+            head = unit * 8 + g, d = tile + half * 8 + 2 * t;
+          }
           if (head < p.h) dev::store(reinterpret_cast<uint32_t*>(out + uint32_t(head) * p.out_stride_h + d), pair);
         }
       }
@@ -440,7 +547,7 @@ struct Consumer {
     return {p.partial_o + part * p.h * Traits::kDv, p.partial_ml + part * p.h * 2, Traits::kDv};
   }
 
-  __device__ __forceinline__ void write_partial(const Partial& part) const {
+  __device__ __forceinline__ void write_partial(const Partial& part, float out_scale) const {
     const auto [thread, g, t, token_warp] = place();
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
@@ -453,24 +560,28 @@ struct Consumer {
           dev::store(reinterpret_cast<float2*>(part.ml + head * 2), float2{state.max[2 * u + e], state.sum[2 * u + e]});
         }
 #pragma unroll
-        for (int c = 0; c < Traits::kColumnTiles; ++c)
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {  // 8 lanes of one head write one 32-byte sector
-            const int d = (token_warp * Traits::kColumnTiles + c) * 16 + half * 8 + g;
-            dev::store(part.o + head * part.head_stride + d, o[c][u][2 * half + e]);
+        for (int c = 0; c < Traits::kColumnTiles; ++c) {  // 8 lanes of one head write whole 32-byte sectors
+          float* to = part.o + head * part.head_stride + (token_warp * Traits::kColumnTiles + c) * 16;
+          if constexpr (Traits::kFloat8) {
+            dev::store(reinterpret_cast<float2*>(to + 2 * g),
+                       float2{o[c][u][e] * out_scale, o[c][u][e + 2] * out_scale});
+          } else {
+            dev::store(to + g, o[c][u][e]);
+            dev::store(to + 8 + g, o[c][u][2 + e]);
           }
+        }
       }
     }
   }
 
-  __device__ __forceinline__ void finish_item(const SegmentInfo& info) {
+  __device__ __forceinline__ void finish_item(const SegmentInfo& info, float out_scale) {
     if (info.split < 0) {
-      write_row(info.row);
+      write_row(info.row, out_scale);
       return;
     }
     // A cluster's partial takes the place of the ring: every warp must have finished with its V tiles.
     if (p.cluster) dev::named_barrier_sync(kConsumerBarrier, 32 * kConsumerWarps);
-    write_partial(partial_of(info));
+    write_partial(partial_of(info), out_scale);
   }
 
   // Nothing selected: zeros and lse -inf, or an empty partial.
@@ -515,10 +626,14 @@ struct Consumer {
         if (last) finish_sums(info);
         accumulate_values(info.tokens);
       }
+      float out_scale = 1.0f;
+      if constexpr (Traits::kFloat8) {
+        if (last) out_scale = dev::load(&smem.row_scales[segment.slot].out) * value_scale.largest();
+      }
       __syncwarp();
       arrive(smem.map_empty + segment.slot);
       segment.advance(kMapSlots);
-      if (last && info.tokens > 0) finish_item(info);
+      if (last && info.tokens > 0) finish_item(info, out_scale);
     }
   }
 };

@@ -21,7 +21,7 @@ template <class Traits>
 __device__ __forceinline__ void init_barriers(const SharedViews<Traits>& smem) {
   if ((threadIdx.x & 31) != 0) return;
 #pragma unroll
-  for (int i = 0; i < kMaxSlots; ++i) {
+  for (int i = 0; i < Traits::kTile.max_slots; ++i) {
     dev::mbarrier_init(smem.slot_full + i, Traits::kBulk ? 1 : 32 * kLoaderWarps);  // cp.async: every lane arrives
     dev::mbarrier_init(smem.slot_empty + i, kConsumerWarps);
   }
@@ -30,6 +30,7 @@ __device__ __forceinline__ void init_barriers(const SharedViews<Traits>& smem) {
 #pragma unroll
     for (int t = 0; t < Traits::kTilesK; ++t) dev::mbarrier_init(smem.map_full + i * Traits::kTilesK + t, 1);
     dev::mbarrier_init(smem.map_empty + i, kLoaderWarps + kConsumerWarps);
+    if constexpr (Traits::kFloat8) dev::mbarrier_init(smem.scales_full + i, 32);
   }
   dev::mbarrier_init(smem.q_full, 32);
   dev::mbarrier_init(smem.q_empty, kConsumerWarps);

@@ -30,20 +30,27 @@ struct ElementOf<Dtype::kBfloat16> {
 #define NSA_SEL_NAME_kBfloat16 bfloat16
 #define NSA_SEL_NAME_kCpAsync
 #define NSA_SEL_NAME_kBulk _bulk
-#define NSA_SEL_PASTE(dtype, Dk, Dv, head_tile, loads) nsa_sel_decode_##dtype##_##Dk##x##Dv##_h##head_tile##loads
+#define NSA_SEL_NAME_kSame
+#define NSA_SEL_NAME_kFloat8E4m3 _float8
+#define NSA_SEL_PASTE(dtype, Dk, Dv, head_tile, loads, cache) \
+  nsa_sel_decode_##dtype##_##Dk##x##Dv##_h##head_tile##loads##cache
 #define NSA_SEL_DECODE_NAME(...) NSA_SEL_PASTE(__VA_ARGS__)
 
 // One compiled decode kernel, as nsa_sel_decode_bfloat16_192x128_h16.
-#define NSA_SEL_DECODE(dtype, Dk, Dv, head_tile, loads)                                                 \
-  NSA_SEL_DECODE_AS(NSA_SEL_DECODE_NAME(NSA_SEL_NAME_##dtype, Dk, Dv, head_tile, NSA_SEL_NAME_##loads), \
-                    DecodeTraits<typename ElementOf<Dtype::dtype>::type, Dk, Dv, head_tile, Loads::loads>)
+#define NSA_SEL_DECODE(dtype, Dk, Dv, head_tile, loads, cache)                                                  \
+  NSA_SEL_DECODE_AS(                                                                                            \
+      NSA_SEL_DECODE_NAME(NSA_SEL_NAME_##dtype, Dk, Dv, head_tile, NSA_SEL_NAME_##loads, NSA_SEL_NAME_##cache), \
+      DecodeTraits<typename ElementOf<Dtype::dtype>::type, Dk, Dv, head_tile, Loads::loads, Cache::cache>)
 #define NSA_SEL_DECODE_AS(name, ...)                                                         \
   NSA_SEL_KERNEL(name, DecodeParams, (__VA_ARGS__::kThreads), (__VA_ARGS__::kBlocksPerSm)) { \
     decode_kernel<__VA_ARGS__>(p);                                                           \
   }
 
 // For NSA_SEL_FOR_EACH_DIMS and NSA_SEL_FOR_EACH_BULK_DIMS.
-#define NSA_SEL_DECODE_H16(dtype, Dk, Dv) NSA_SEL_DECODE(dtype, Dk, Dv, 16, kCpAsync)
-#define NSA_SEL_DECODE_H32(dtype, Dk, Dv) NSA_SEL_DECODE(dtype, Dk, Dv, 32, kCpAsync)
-#define NSA_SEL_DECODE_H64(dtype, Dk, Dv) NSA_SEL_DECODE(dtype, Dk, Dv, 64, kCpAsync)
-#define NSA_SEL_DECODE_BULK_H16(dtype, Dk, Dv) NSA_SEL_DECODE(dtype, Dk, Dv, 16, kBulk)
+#define NSA_SEL_DECODE_H16(dtype, Dk, Dv) NSA_SEL_DECODE(dtype, Dk, Dv, 16, kCpAsync, kSame)
+#define NSA_SEL_DECODE_H32(dtype, Dk, Dv) NSA_SEL_DECODE(dtype, Dk, Dv, 32, kCpAsync, kSame)
+#define NSA_SEL_DECODE_H64(dtype, Dk, Dv) NSA_SEL_DECODE(dtype, Dk, Dv, 64, kCpAsync, kSame)
+#define NSA_SEL_DECODE_FLOAT8_H16(dtype, Dk, Dv) NSA_SEL_DECODE(dtype, Dk, Dv, 16, kCpAsync, kFloat8E4m3)
+#define NSA_SEL_DECODE_FLOAT8_H32(dtype, Dk, Dv) NSA_SEL_DECODE(dtype, Dk, Dv, 32, kCpAsync, kFloat8E4m3)
+#define NSA_SEL_DECODE_FLOAT8_H64(dtype, Dk, Dv) NSA_SEL_DECODE(dtype, Dk, Dv, 64, kCpAsync, kFloat8E4m3)
+#define NSA_SEL_DECODE_BULK_H16(dtype, Dk, Dv) NSA_SEL_DECODE(dtype, Dk, Dv, 16, kBulk, kSame)

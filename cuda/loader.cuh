@@ -14,36 +14,41 @@ struct Tile {
   uint32_t unit;        // bytes of one step of an offset
 };
 
-// cp.async: four rows and one 128-byte slab an instruction, so that a row's slab is one full line of global memory.
-// What counts here is instructions a row, because one warp feeds the ring: of eight rows a quarter-warp takes two
-// neighbours, which are one read of the map, one swizzle pattern each, and everything else immediate offsets.
+// cp.async: four rows and one 128-byte slab an instruction (eight and 64), so that a row's slab is one full line of
+// global memory. What counts here is instructions a row, because one warp feeds the ring: of a group of eight (16) rows
+// the lanes of a row take two neighbours, which are one read of the map, one swizzle pattern each, and everything else
+// immediate offsets.
 template <class Traits, int D, int kRows>
 struct ThreadCopies {
-  static constexpr int kOctets = kRows / 8 / kLoaderWarps;
-  static_assert(kOctets * 8 * kLoaderWarps == kRows && kOctets % 2 == 0, "loader warps share a tile's rows evenly");
+  static constexpr int kSlabBytes = slab_bytes(D * Traits::kCacheBytes), kSlabs = D * Traits::kCacheBytes / kSlabBytes;
+  static constexpr int kLanes = kSlabBytes / 16, kGroupRows = 2 * 32 / kLanes;
+  static constexpr int kGroups = kRows / kGroupRows / kLoaderWarps, kStep = 16 / kGroupRows;
+  static_assert(kGroups * kGroupRows * kLoaderWarps == kRows && kGroups % kStep == 0,
+                "loader warps share a tile's rows evenly");
 
-  unsigned char* dst[2];  // in the slot, of the lane's two rows of the first octet
+  unsigned char* dst[2];  // in the slot, of the lane's two rows of the first group
   const unsigned char* src;
-  const uint2* map;  // of the lane's two rows of the first octet
+  const uint2* map;  // of the lane's two rows of the first group
   uint32_t unit;
 
   __device__ __forceinline__ ThreadCopies(const Tile& tile, int loader_warp) : unit(tile.unit) {
-    const int lane = threadIdx.x & 31, chunk = lane & 7, row = (lane >> 3) * 2 + loader_warp * kOctets * 8;
-    for (int e = 0; e < 2; ++e) dst[e] = tile.slot + slab_offset(kRows, row + e, chunk);
+    const int lane = threadIdx.x & 31, chunk = lane % kLanes;
+    const int row = lane / kLanes * 2 + loader_warp * kGroups * kGroupRows;
+    for (int e = 0; e < 2; ++e) dst[e] = tile.slot + slab_offset<kSlabBytes>(kRows, row + e, chunk);
     src = dev::keep(tile.base + chunk * 16);  // one multiply-add a row from here
     map = reinterpret_cast<const uint2*>(tile.map + row);
   }
 
-  template <int kOctet, int kSlab = 0>
+  template <int kGroup, int kSlab = 0>
   __device__ __forceinline__ void copy_row(unsigned char* to, const unsigned char* from, bool present) const {
-    dev::cp_async_16_at<kOctet * 1024 + kSlab * kRows * 128, kSlab * 128>(to, from, present);
-    if constexpr (kSlab + 1 < D / 64) copy_row<kOctet, kSlab + 1>(to, from, present);
+    dev::cp_async_16_at<kGroup * 1024 + kSlab * kRows * kSlabBytes, kSlab * kSlabBytes>(to, from, present);
+    if constexpr (kSlab + 1 < kSlabs) copy_row<kGroup, kSlab + 1>(to, from, present);
   }
   __device__ __forceinline__ const unsigned char* address(uint32_t offset) const {
     return src + uint64_t(offset) * unit;
   }
 
-  // Octets [kFirst, kLast) whose offsets are in registers.
+  // Groups [kFirst, kLast) whose offsets are in registers.
   template <int kFirst, int kLast>
   __device__ __forceinline__ void copy(const uint2* offsets) const {
     const uint2 offset = offsets[kFirst];
@@ -55,16 +60,16 @@ struct ThreadCopies {
   // All reads of the map come first: behind a copy, each would cost its latency again.
   template <int kFirst, int kLast>
   __device__ __forceinline__ void copy() const {
-    uint2 offsets[kOctets];
+    uint2 offsets[kGroups];
 #pragma unroll
-    for (int i = kFirst; i < kLast; ++i) offsets[i] = dev::load(map + i * 4);
+    for (int i = kFirst; i < kLast; ++i) offsets[i] = dev::load(map + i * (kGroupRows / 2));
     copy<kFirst, kLast>(offsets);
   }
   template <int kFirst>
-  __device__ __forceinline__ void copy_up_to(int octets) const {
-    if (kFirst >= octets) return;
-    copy<kFirst, kFirst + 2>();
-    if constexpr (kFirst + 2 < kOctets) copy_up_to<kFirst + 2>(octets);
+  __device__ __forceinline__ void copy_up_to(int groups) const {
+    if (kFirst >= groups) return;
+    copy<kFirst, kFirst + kStep>();
+    if constexpr (kFirst + kStep < kGroups) copy_up_to<kFirst + kStep>(groups);
   }
 };
 
@@ -73,9 +78,9 @@ __device__ __forceinline__ void copy_by_threads(const Tile& tile, uint64_t* full
   using Copies = ThreadCopies<Traits, D, kRows>;
   const Copies copies(tile, loader_warp);
   if (tile.rows == kRows) {
-    copies.template copy<0, Copies::kOctets>();
+    copies.template copy<0, Copies::kGroups>();
   } else {
-    copies.template copy_up_to<0>(tile.rows / 8 - loader_warp * Copies::kOctets);
+    copies.template copy_up_to<0>(tile.rows / Copies::kGroupRows - loader_warp * Copies::kGroups);
   }
   dev::cp_async_arrive(full);
 }

@@ -37,10 +37,32 @@ __device__ __forceinline__ void copy_q(const DecodeParams& p, const SharedViews<
       const T* src = q + uint32_t(row + half) * p.q_stride_h;
 #pragma unroll
       for (int slab = 0; slab < Traits::kDk / 64; ++slab) {
-        dev::cp_async_16(dst + slab_offset(Traits::kHeadTile, row + half, slab * 8 + (lane & 7)), src + slab * 64,
+        dev::cp_async_16(dst + q_chunk_offset<Traits>(row + half, slab * 8 + (lane & 7)), src + slab * 64,
                          row + half < p.h);
       }
     }
+  }
+}
+
+// The factors of a float8 cache's K or V, of the row that is being mapped.
+struct MappedScale {
+  const float* base;  // a factor a token: that of this (b, g)'s token 0, or of this g's pool
+  float of_row;
+};
+__device__ __forceinline__ MappedScale load_scale(const ScaleParams& scale, const RowIndex& r) {
+  const float* base = scale.values + uint32_t(r.b) * scale.stride_b + uint32_t(r.g) * scale.stride_g;
+  return {base, scale.values == nullptr || scale.per_token ? 1.0f : dev::load(base)};
+}
+// Asks for the factors of tokens at `rows`, one each; zero where there is no row, because 0 * NaN would reach the sum.
+template <int kWindows>
+__device__ __forceinline__ void copy_scales(float* to, const ScaleParams& scale, const float* base,
+                                            const RowOffsets (&rows)[kWindows], int count) {
+  const int lane = int(threadIdx.x) & 31;
+#pragma unroll
+  for (int w = 0; w < kWindows; ++w) {
+    if (w * 32 + lane >= count) continue;
+    const auto at = uint64_t(rows[w].page) * scale.bytes_page + uint64_t(rows[w].in_page) * scale.bytes_token;
+    dev::cp_async_4(to + w * 32 + lane, reinterpret_cast<const unsigned char*>(base) + at, rows[w].k != kNoRow);
   }
 }
 
@@ -61,10 +83,11 @@ struct Mapper {
   RowLimits limits{};
   TokenRange range{};
   SpanChunk chunk{};
-  RawSlot behind{};   // of the next chunk, already in the air
-  int at = 0;         // next position, from the chunk's first token
-  int filled = 0;     // entries of the segment's map
-  int published = 0;  // tiles of it that the loader may take
+  MappedScale k_scale{}, v_scale{};  // float8
+  RawSlot behind{};                  // of the next chunk, already in the air
+  int at = 0;                        // next position, from the chunk's first token
+  int filled = 0;                    // entries of the segment's map
+  int published = 0;                 // tiles of it that the loader may take
 
   __device__ __forceinline__ Mapper(const DecodeParams& params, const SharedViews<Traits>& views)
       : p(params), smem(views), lane(int(threadIdx.x) & 31) {}
@@ -78,8 +101,9 @@ struct Mapper {
     const bool paged = p.page_size > 0;
     const int64_t k_row = (paged ? 0 : uint32_t(row.b) * p.k_stride_b) + uint32_t(row.g) * p.k_stride_g;
     const int64_t v_row = (paged ? 0 : uint32_t(row.b) * p.v_stride_b) + uint32_t(row.g) * p.v_stride_g;
-    header.source.k_base = reinterpret_cast<uint64_t>(static_cast<const T*>(p.k) + k_row);
-    header.source.v_base = reinterpret_cast<uint64_t>(static_cast<const T*>(p.v) + v_row);
+    header.source.k_base = reinterpret_cast<uint64_t>(p.k) + k_row * Traits::kCacheBytes;
+    header.source.v_base = reinterpret_cast<uint64_t>(p.v) + v_row * Traits::kCacheBytes;
+    if constexpr (Traits::kFloat8) k_scale = load_scale(p.k_scale, row), v_scale = load_scale(p.v_scale, row);
     header.info.row = work.row;
     header.info.split = work.split;
     return raw;
@@ -124,6 +148,9 @@ struct Mapper {
     if (lane != 0) return;
     dev::store(&smem.segments[slot.slot].source, header.source);
     dev::store(&smem.segments[slot.slot].info, header.info);
+    if constexpr (Traits::kFloat8) {
+      dev::store(smem.row_scales + slot.slot, RowScales{p.scale_log2 * k_scale.of_row, p.out_scale * v_scale.of_row});
+    }
   }
 
   // Map entries [first, first + count) of the slot from the positions of this chunk; count <= 32 * kWindows.
@@ -140,8 +167,18 @@ struct Mapper {
       dev::store(to + w * 32, rows[w].k);
       dev::store(to + Traits::kSegment + w * 32, rows[w].v);
     }
+    copy_all_scales(first, rows, count);
+  }
+  template <int kWindows>
+  __device__ __forceinline__ void copy_all_scales(int first, const RowOffsets (&rows)[kWindows], int count) {
+    if constexpr (Traits::kFloat8) {
+      if (p.k_scale.per_token) copy_scales(smem.scales_k(slot.slot) + first, p.k_scale, k_scale.base, rows, count);
+      if (p.v_scale.per_token) copy_scales(smem.scales_v(slot.slot) + first, p.v_scale, v_scale.base, rows, count);
+    }
   }
   __device__ __forceinline__ void fill_missing(uint32_t* map_k, int first, int count) {
+    const RowOffsets nowhere[1] = {{kNoRow, kNoRow, 0, 0}};
+    copy_all_scales(first, nowhere, count);
     if (lane >= count) return;
     dev::store(map_k + first + lane, uint32_t{kNoRow});
     dev::store(map_k + Traits::kSegment + first + lane, uint32_t{kNoRow});
@@ -184,6 +221,9 @@ struct Mapper {
     }
     fill_missing(map_k, filled, -filled & 15);  // to whole MMA tiles, by rows that do not exist
     publish(Traits::kTilesK);  // tiles without tokens as well, so that all barriers of a slot keep one phase
+    if constexpr (Traits::kFloat8) {
+      if (p.k_scale.per_token || p.v_scale.per_token) dev::cp_async_arrive(smem.scales_full + slot.slot);
+    }
     slot.advance(kMapSlots);
   }
   __device__ __forceinline__ void wait_for_slot() {

@@ -79,6 +79,12 @@ __device__ __forceinline__ void cp_async_16_at(void* dst, const void* src, bool 
                : "memory");
 }
 
+// 4 bytes, which only the way through L1 takes.
+__device__ __forceinline__ void cp_async_4(void* dst, const void* src, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;\n" ::"r"(smem_address(dst)), "l"(src), "r"(valid ? 4 : 0)
+               : "memory");
+}
+
 // One arrival on `barrier` when all earlier cp.async of this thread have landed (counted in the barrier's init count).
 __device__ __forceinline__ void cp_async_arrive(uint64_t* barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(smem_address(barrier)) : "memory");
@@ -189,6 +195,66 @@ __device__ __forceinline__ uint32_t movmatrix_trans(uint32_t value) {
   return result;
 }
 
+// ---- float8_e4m3fn -> 16 bit ----------------------------------------------------------------------------------------
+
+#if __CUDA_ARCH__ < 890
+// Magnitudes `magnitude` of two e4m3 codes, in the places of a 16-bit format's exponent and mantissa: subnormal or
+// small numbers of that format, which one exact multiplication brings up. The code behind the largest number is NaN:
+// the comparison gives all ones, which is a NaN to add. Both formats order their numbers as FP16 does its own.
+template <class T>
+__device__ __forceinline__ uint32_t widened(uint32_t magnitude, uint32_t signs) {
+  uint32_t result, nan;
+  const uint32_t x = magnitude | (signs & 0x80008000u);
+  if constexpr (cuda::std::is_same_v<T, __nv_bfloat16>) {
+    asm("set.gt.u32.f16x2 %0, %1, %2;\n" : "=r"(nan) : "r"(magnitude), "r"(0x07e007e0u));
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;\n" : "=r"(result) : "r"(x), "r"(0x7b807b80u), "r"(nan));  // 2^120
+  } else {
+    asm("set.gt.u32.f16x2 %0, %1, %2;\n" : "=r"(nan) : "r"(magnitude), "r"(0x3f003f00u));
+    asm("fma.rn.f16x2 %0, %1, %2, %3;\n" : "=r"(result) : "r"(x), "r"(0x5c005c00u), "r"(nan));  // 2^8
+  }
+  return result;
+}
+#else
+template <class T>
+__device__ __forceinline__ uint32_t widened(uint32_t halves) {
+  if constexpr (cuda::std::is_same_v<T, __half>) return halves;
+  float low, high;
+  uint32_t result;
+  asm("{\n.reg .f16 a, b;\nmov.b32 {a, b}, %2;\ncvt.f32.f16 %0, a;\ncvt.f32.f16 %1, b;\n}\n"
+      : "=f"(low), "=f"(high)
+      : "r"(halves));
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(result) : "f"(high), "f"(low));
+  return result;
+}
+#endif
+
+// Four e4m3 codes to T, bytes 0 and 2 to `even`, 1 and 3 to `odd`.
+template <class T>
+__device__ __forceinline__ void widen_even_odd(uint32_t codes, uint32_t& even, uint32_t& odd);
+// Bytes 0 and 1 to `low`, 2 and 3 to `high`.
+template <class T>
+__device__ __forceinline__ void widen_low_high(uint32_t codes, uint32_t& low, uint32_t& high) {
+#if __CUDA_ARCH__ < 890
+  widen_even_odd<T>(__byte_perm(codes, 0, 0x3120), low, high);
+#else
+  asm("{\n.reg .b16 a, b;\nmov.b32 {a, b}, %2;\ncvt.rn.f16x2.e4m3x2 %0, a;\ncvt.rn.f16x2.e4m3x2 %1, b;\n}\n"
+      : "=r"(low), "=r"(high)
+      : "r"(codes));
+  low = widened<T>(low), high = widened<T>(high);
+#endif
+}
+template <class T>
+__device__ __forceinline__ void widen_even_odd(uint32_t codes, uint32_t& even, uint32_t& odd) {
+#if __CUDA_ARCH__ < 890
+  constexpr bool kWide = cuda::std::is_same_v<T, __nv_bfloat16>;
+  constexpr uint32_t kMask = kWide ? 0x07f007f0u : 0x3f803f80u;
+  even = widened<T>(codes << (kWide ? 4 : 7) & kMask, codes << 8);
+  odd = widened<T>(codes >> (kWide ? 4 : 1) & kMask, codes);
+#else
+  widen_low_high<T>(__byte_perm(codes, 0, 0x3120), even, odd);
+#endif
+}
+
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
@@ -254,6 +320,11 @@ __device__ __forceinline__ void grid_launch_dependents() {
 #endif  // NSA_SEL_HOST_RUN
 
 namespace nsa_sel::dev {
+
+template <class T>
+constexpr bool kIsHalf = false;
+template <>
+constexpr bool kIsHalf<__half> = true;
 
 // Two floats to one register of two 16-bit values, the first in the low half.
 template <class T>

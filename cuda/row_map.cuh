@@ -155,9 +155,11 @@ struct SpanChunk {
   }
 };
 
-// Offsets of one token's K and V row from the segment's bases, in units of 1 << unit_shift bytes.
+// Offsets of one token's K and V row from the segment's bases, in units of 1 << unit_shift bytes, and its place in the
+// cache.
 struct RowOffsets {
   uint32_t k, v;
+  uint32_t page, in_page;  // page 0 where there are none
 };
 
 // The rows of the calling lane's tokens at windows of 32, `count` tokens in all; the page lookups travel together.
@@ -166,7 +168,7 @@ __device__ __forceinline__ void resolve_tokens(const DecodeParams& p, int table,
                                                int count, RowOffsets (&rows)[kCount]) {
   if (p.page_size == 0) {
 #pragma unroll
-    for (int w = 0; w < kCount; ++w) rows[w] = {tokens[w] * p.k_unit_token, tokens[w] * p.v_unit_token};
+    for (int w = 0; w < kCount; ++w) rows[w] = {tokens[w] * p.k_unit_token, tokens[w] * p.v_unit_token, 0, tokens[w]};
     return;
   }
   const int* pages = p.block_table + uint32_t(table) * p.table_stride;
@@ -181,9 +183,9 @@ __device__ __forceinline__ void resolve_tokens(const DecodeParams& p, int table,
 #pragma unroll
   for (int w = 0; w < kCount; ++w) {
     rows[w] = {page[w] * p.k_unit_page + in_page[w] * p.k_unit_token,
-               page[w] * p.v_unit_page + in_page[w] * p.v_unit_token};
+               page[w] * p.v_unit_page + in_page[w] * p.v_unit_token, page[w], in_page[w]};
     // The caller's mistake: not selected, never followed.
-    if (page[w] >= uint32_t(p.num_pages)) rows[w] = {kNoRow, kNoRow};
+    if (page[w] >= uint32_t(p.num_pages)) rows[w].k = rows[w].v = kNoRow;
   }
 }
 

@@ -37,6 +37,31 @@ struct SoftmaxState {
   }
 };
 
+// With FP16, what a row's probabilities times V's factors are taken relative to: the largest factor so far, so that the
+// products use the format's range. A factor of 0.001 would leave an even share of 4,096 tokens a subnormal number.
+template <bool kUsed_>
+struct ValueScale {
+  static constexpr bool kUsed = false;
+  __device__ __forceinline__ void init(bool) {}
+  __device__ __forceinline__ float inverse() const { return 1.0f; }
+  __device__ __forceinline__ float largest() const { return 1.0f; }
+};
+template <>
+struct ValueScale<true> {
+  static constexpr bool kUsed = true;
+  float top;
+  // Not 0 at first, which has no inverse.
+  __device__ __forceinline__ void init(bool per_token) { top = per_token ? 1e-36f : 1.0f; }
+  // Returns the factor that brings what was summed up before to the new one.
+  __device__ __forceinline__ float raise(float largest) {
+    const float raised = fmaxf(top, largest), factor = top * (1.0f / raised);
+    top = raised;
+    return factor;
+  }
+  __device__ __forceinline__ float inverse() const { return 1.0f / top; }
+  __device__ __forceinline__ float largest() const { return top; }
+};
+
 // 1 / sum, and 0 where nothing was selected, so that such a row's output is exactly 0.
 __device__ __forceinline__ float inverse_sum(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
 

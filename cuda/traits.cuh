@@ -6,11 +6,16 @@
 
 namespace nsa_sel {
 
-template <class T_, int kDk_, int kDv_, int kHeadTile_, Loads kLoads = Loads::kCpAsync>
+// Rows of a tile are cut into slabs: of 128 bytes where whole ones make up a row, else of 64.
+constexpr int slab_bytes(int row_bytes) { return row_bytes % 128 == 0 ? 128 : 64; }
+
+template <class T_, int kDk_, int kDv_, int kHeadTile_, Loads kLoads = Loads::kCpAsync, Cache kCache = Cache::kSame>
 struct DecodeTraits {
   using T = T_;
-  static constexpr TileShape kTile = tile_shape(kDk_, kDv_, kHeadTile_, kLoads);
+  static constexpr TileShape kTile = tile_shape(kDk_, kDv_, kHeadTile_, kLoads, kCache);
   static constexpr bool kBulk = kLoads == Loads::kBulk;
+  static constexpr bool kFloat8 = kCache == Cache::kFloat8E4m3;
+  static constexpr int kCacheBytes = kTile.cache_bytes;
   static constexpr int kDk = kDk_, kDv = kDv_, kHeadTile = kHeadTile_;
   static constexpr SmemLayout kSmem = smem_layout(kTile, 0);  // offsets; the ring's length is the planner's choice
   static constexpr int kTokenWarps = kTile.token_warps;
@@ -35,7 +40,7 @@ struct DecodeTraits {
   static constexpr bool kKeepOffsets = dev::kKeepByDefault || kBlocksPerSm == 1;
   // A chain of kDk/16 dependent MMAs is about 400 clocks; two accumulator sets halve it where registers allow.
   static constexpr int kAccumulatorSets = kUnits <= 2 ? 2 : 1;
-  static_assert(kDk % 64 == 0 && kDv % 64 == 0, "rows are cut into 128-byte slabs");
+  static_assert(kDk % 64 == 0 && kDv % 64 == 0, "rows are cut into whole slabs");
   static_assert(kRowsK % (16 * kTokenWarps) == 0 && kRowsV % 16 == 0, "tiles are whole MMA tiles");
   static_assert(kSegment % kRowsK == 0 && kSegment % kRowsV == 0, "a segment is whole tiles of K and of V");
   static_assert(smem_layout(kTile, 2).total <= 99 * 1024, "two slots fit the smallest SM (sm_86, sm_89)");
@@ -59,6 +64,12 @@ struct SegmentHeader {
   SegmentInfo info;
 };
 static_assert(sizeof(SegmentHeader) == kSegmentHeaderBytes);
+// What a row's logits and output are multiplied by, the factors of its group among them. Written per segment by the
+// mapper of a float8 cache.
+struct RowScales {
+  float logits, out;
+};
+static_assert(sizeof(RowScales) == kRowScalesBytes);
 constexpr int kFirstSegment = 1, kLastSegment = 2;
 
 constexpr uint32_t kNoRow = 0xffffffffu;  // map entry of a token whose page id is outside the pool
@@ -88,6 +99,9 @@ struct SharedViews {
   float* row_sum;
   uint32_t* map;
   SegmentHeader* segments;
+  float* scales;                     // float8: [map slots][2][segment], of each token's K and V row
+  RowScales* row_scales;             // float8: [map slots]
+  uint64_t* scales_full;             // float8: [map slots]
   uint64_t *slot_full, *slot_empty;  // [num_slots]
   uint64_t* map_full;                // [map slots][tiles of K]
   uint64_t* map_empty;               // [map slots]
@@ -99,13 +113,19 @@ struct SharedViews {
     constexpr int kHeads = Traits::kHeadTile;
     uint64_t* barriers = dev::smem_at<uint64_t>(base, at.barriers, at.num_barriers, "barriers");
     slot_full = barriers;
-    slot_empty = slot_full + kMaxSlots;
-    map_full = slot_empty + kMaxSlots;
+    slot_empty = slot_full + Traits::kTile.max_slots;
+    map_full = slot_empty + Traits::kTile.max_slots;
     map_empty = map_full + kMapSlots * Traits::kTilesK;
     q_full = map_empty + kMapSlots;
     q_empty = q_full + 1;
+    scales_full = q_empty + 1;
     segments = dev::smem_at<SegmentHeader>(base, at.segments, kMapSlots, "segments");
     map = dev::smem_at<uint32_t>(base, at.map, size_t(kMapSlots) * 2 * Traits::kSegment, "map");
+    if constexpr (Traits::kFloat8) {
+      constexpr size_t kTokens = size_t(kMapSlots) * 2 * Traits::kSegment;
+      scales = dev::smem_at<float>(base, at.scales, kTokens, "scales");
+      row_scales = dev::smem_at<RowScales>(base, at.scales + kTokens * 4, kMapSlots, "row_scales");
+    }
     row_max = dev::smem_at<float>(base, at.row_max, Traits::kTokenWarps * kHeads, "row_max");
     row_sum = dev::smem_at<float>(base, at.row_sum, Traits::kTokenWarps * kHeads, "row_sum");
     q = dev::smem_at<T>(base, at.q, size_t(kHeads) * Traits::kDk, "q");
@@ -115,6 +135,9 @@ struct SharedViews {
 
   __device__ __forceinline__ uint32_t* map_k(int slot) const { return map + slot * 2 * Traits::kSegment; }
   __device__ __forceinline__ uint32_t* map_v(int slot) const { return map_k(slot) + Traits::kSegment; }
+
+  __device__ __forceinline__ float* scales_k(int slot) const { return scales + slot * 2 * Traits::kSegment; }
+  __device__ __forceinline__ float* scales_v(int slot) const { return scales_k(slot) + Traits::kSegment; }
 
   // For readers of the map other than the loader. The arrival of the loader's copies, which they wait for as well, is
   // not documented to release what the loader has seen of the mapper.
@@ -133,10 +156,28 @@ struct ClusterPartial {
       : o(reinterpret_cast<float*>(smem.slots)), ml(o + h * kHeadStride) {}
 };
 
-// Where the 16-byte chunk `chunk` of row `row` lives in a tile stored as 128-byte slabs [D / 64][rows][128 B]: the XOR
-// spreads a column of chunks over all banks, so that eight rows of one chunk (ldmatrix) never collide.
+// Where the 16-byte chunk `chunk` of row `row` lives in a tile stored as slabs [slabs][rows][kSlab bytes]: the XOR
+// spreads a column of chunks over all banks, so that eight rows of one chunk (ldmatrix) never collide. Two rows of a
+// narrow slab share 128 bytes, and those are r and r + 2: the loader writes them together.
+template <int kSlab = 128>
 __device__ __forceinline__ int slab_offset(int rows, int row, int chunk) {
-  return (chunk >> 3) * rows * 128 + row * 128 + (((chunk & 7) ^ (row & 7)) << 4);
+  if constexpr (kSlab == 128) {
+    return (chunk >> 3) * rows * 128 + row * 128 + (((chunk & 7) ^ (row & 7)) << 4);
+  } else {
+    const int line = (row >> 1 & 2) | (row & 1);  // of the four of eight rows
+    return (chunk >> 2) * rows * 64 + (row >> 3) * 512 + line * 128 + (row & 2) * 32 + (((chunk & 3) ^ line) << 4);
+  }
+}
+
+// Where chunk `chunk` of Q's row `row` lives. With a float8 cache a thread reads eight bytes of a row and a half-warp
+// 32 bytes of four rows: the XOR spreads those.
+template <class Traits>
+__device__ __forceinline__ int q_chunk_offset(int row, int chunk) {
+  if constexpr (Traits::kFloat8) {
+    return (chunk >> 3) * Traits::kHeadTile * 128 + row * 128 + (((chunk & 7) ^ (row & 3) << 1) << 4);
+  } else {
+    return slab_offset(Traits::kHeadTile, row, chunk);
+  }
 }
 
 // Where a chunk of a K or V tile lives: swizzled slabs, or whole padded rows as a bulk copy leaves them.
@@ -145,7 +186,7 @@ __device__ __forceinline__ int tile_offset(int row, int chunk) {
   if constexpr (Traits::kBulk) {
     return row * (D * 2 + Traits::kTile.row_padding) + chunk * 16;
   } else {
-    return slab_offset(kRows, row, chunk);
+    return slab_offset<slab_bytes(D * Traits::kCacheBytes)>(kRows, row, chunk);
   }
 }
 

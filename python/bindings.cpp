@@ -33,6 +33,7 @@ py::list instance_list() {
     const bool bulk = key.loads == nsa_sel::Loads::kBulk;
     entry["name"] = nsa_sel::instance_name(key);
     entry["loads"] = bulk ? "bulk" : "cp.async";
+    entry["cache"] = key.cache == nsa_sel::Cache::kSame ? "same" : "float8_e4m3fn";
     entry["dtype"] = dtype_name(key.dtype);
     entry["Dk"] = key.Dk;
     entry["Dv"] = key.Dv;
@@ -98,8 +99,14 @@ nsa_sel::Loads loads_by_name(const std::string& name) {
   throw std::invalid_argument("loads: expected 'cp.async' or 'bulk', got '" + name + "'");
 }
 
-py::dict tile_shape(int Dk, int Dv, int head_tile, const std::string& loads) {
-  const nsa_sel::TileShape tile = nsa_sel::tile_shape(Dk, Dv, head_tile, loads_by_name(loads));
+nsa_sel::Cache cache_by_name(const std::string& name) {
+  if (name == "same") return nsa_sel::Cache::kSame;
+  if (name == "float8_e4m3fn") return nsa_sel::Cache::kFloat8E4m3;
+  throw std::invalid_argument("cache: expected 'same' or 'float8_e4m3fn', got '" + name + "'");
+}
+
+py::dict tile_shape(int Dk, int Dv, int head_tile, const std::string& loads, const std::string& cache) {
+  const nsa_sel::TileShape tile = nsa_sel::tile_shape(Dk, Dv, head_tile, loads_by_name(loads), cache_by_name(cache));
   py::dict d;
   d["Dk"] = tile.Dk;
   d["Dv"] = tile.Dv;
@@ -107,6 +114,7 @@ py::dict tile_shape(int Dk, int Dv, int head_tile, const std::string& loads) {
   d["head_warps"] = tile.head_warps;
   d["token_warps"] = tile.token_warps;
   d["units"] = tile.units;
+  d["cache_bytes"] = tile.cache_bytes;
   d["slot_bytes"] = tile.slot_bytes;
   d["rows_k"] = tile.rows_k;
   d["rows_v"] = tile.rows_v;
@@ -124,7 +132,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("instances", &instance_list, "The table of instances in cpp/instances.h, whether it is compiled or not.");
   m.def("request_fields", &request_fields, "(name, number of 64-bit values) of each member of a DecodeRequest.");
   m.def("tile_shape", &tile_shape, "Compile-time numbers of an instance.", py::arg("Dk"), py::arg("Dv"),
-        py::arg("head_tile"), py::arg("loads") = "cp.async");
+        py::arg("head_tile"), py::arg("loads") = "cp.async", py::arg("cache") = "same");
   m.def("bytes_in_flight_needed", &nsa_sel::bytes_in_flight_needed, "Bytes that one SM must have in flight.",
         py::arg("capability"));
 

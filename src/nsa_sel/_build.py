@@ -36,6 +36,7 @@ class Instance(NamedTuple):
     Dk: int
     Dv: int
     head_tile: int = 0  # query heads that it handles at once
+    cache: str = "same"  # what k and v hold: q's dtype, or "float8_e4m3fn"
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,15 @@ class BuildInfo:
     architectures: tuple[int, ...] = ()  # as 90; PTX of the last serves what is newer; empty: not looked at
 
     @functools.cached_property
-    def _by_dims(self) -> dict[tuple[str, int, int], list[Instance]]:
-        found: dict[tuple[str, int, int], list[Instance]] = {}
+    def _by_dims(self) -> dict[tuple[str, int, int, str], list[Instance]]:
+        found: dict[tuple[str, int, int, str], list[Instance]] = {}
         for instance in sorted(self.instances, key=lambda instance: instance.head_tile):
-            found.setdefault((instance.dtype, instance.Dk, instance.Dv), []).append(instance)
+            found.setdefault((instance.dtype, instance.Dk, instance.Dv, instance.cache), []).append(instance)
         return found
 
-    def instance_for(self, dtype: str, Dk: int, Dv: int, h: int) -> Instance | None:
+    def instance_for(self, dtype: str, Dk: int, Dv: int, h: int, cache: str = "same") -> Instance | None:
         """Return the instance for these dims: that of the smallest head tile that holds h heads."""
-        for instance in self._by_dims.get((dtype, Dk, Dv), ()):
+        for instance in self._by_dims.get((dtype, Dk, Dv, cache), ()):
             if instance.head_tile >= h:
                 return instance
         return None
@@ -110,7 +111,7 @@ def routing_build() -> BuildInfo:
         reason=info["reason"],
         # bulk copies are an experiment, chosen by name only
         instances=tuple(
-            Instance(i["name"], i["dtype"], i["Dk"], i["Dv"], i["head_tile"])
+            Instance(i["name"], i["dtype"], i["Dk"], i["Dv"], i["head_tile"], i["cache"])
             for i in info["instances"]
             if i["loads"] != "bulk"
         ),

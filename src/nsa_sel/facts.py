@@ -34,7 +34,7 @@ NOT_MEASURED = "NOT MEASURED"
 SMEM_BYTES_PER_CLOCK = 128
 DEFAULT_DIMS = ((192, 128), (128, 128))  # the NSA paper and MiniMax-M3
 _MANY_ROWS = 4096  # requests: whole rows fill every SM
-_SYMBOL = re.compile(r"^nsa_sel_decode_(float16|bfloat16)_(\d+)x(\d+)_h(\d+)(_bulk)?$")
+_SYMBOL = re.compile(r"^nsa_sel_decode_(float16|bfloat16)_(\d+)x(\d+)_h(\d+)(_bulk)?(_float8)?$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,7 @@ class Key:
     Dv: int
     head_tile: int
     loads: str = "cp.async"
+    cache: str = "same"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +119,9 @@ def kernel_of_symbol(symbol: str) -> Key | None:
         if "decode" in symbol:
             raise BackendError(f"symbol: expected nsa_sel_decode_<dtype>_<Dk>x<Dv>_h<heads>, got {symbol}")
         return None
-    dtype, Dk, Dv, head_tile, bulk = match.groups()
-    return Key(dtype, int(Dk), int(Dv), int(head_tile), "bulk" if bulk else "cp.async")
+    dtype, Dk, Dv, head_tile, bulk, float8 = match.groups()
+    loads, cache = "bulk" if bulk else "cp.async", "float8_e4m3fn" if float8 else "same"
+    return Key(dtype, int(Dk), int(Dv), int(head_tile), loads, cache)
 
 
 def find_cuobjdump() -> Path | None:
@@ -181,6 +183,7 @@ def plan(key: Key, gpu: Gpu, *, B: int, G: int = 4, L: int = 1024, h: int | None
     )  # fmt: skip
     request = _request.pack_fields(
         dtype=_request.DTYPES.index(key.dtype), loads=_request.LOADS.index(key.loads),
+        cache=_request.CACHES.index(key.cache), v_factor=1.0,
         B=B, S=1, G=G, h=h, Dk=key.Dk, Dv=key.Dv, S_kv=S_kv, n=n,
         q_strides=(G * h * key.Dk, G * h * key.Dk, h * key.Dk, key.Dk),
         k_strides=(G * S_kv * key.Dk, S_kv * key.Dk, key.Dk), v_strides=(G * S_kv * key.Dv, S_kv * key.Dv, key.Dv),
@@ -203,15 +206,17 @@ def bytes_in_flight(slots: int, slot_bytes: int, blocks_per_sm: int) -> int:
 def smem_traffic(tile: dict[str, int]) -> float:
     """Return how many bytes cross shared memory for each byte of K and V (the model above).
 
-    >>> smem_traffic(dict(Dk=192, Dv=128, head_tile=16, head_warps=1, token_warps=4, units=2, rows_k=64))
+    >>> smem_traffic(dict(Dk=192, Dv=128, head_tile=16, head_warps=1, token_warps=4, units=2, rows_k=64,
+    ...     cache_bytes=2))
     2.2
     """
     Dk, Dv = tile["Dk"], tile["Dv"]
     heads = tile["units"] * 8  # of one warp
     warps = tile["head_warps"] * tile["token_warps"]
     sub_tiles = tile["rows_k"] // (16 * tile["token_warps"])
-    q = 0.0 if tile["head_tile"] == 16 else warps * sub_tiles * heads / tile["rows_k"]
-    p = warps * heads / Dv
+    wide = 2 / tile["cache_bytes"]  # elements of Q and P, by those of K and V
+    q = 0.0 if tile["head_tile"] == 16 else wide * warps * sub_tiles * heads / tile["rows_k"]
+    p = wide * warps * heads / Dv
     k_bytes, v_bytes = 1 + tile["head_warps"] + q, 1 + tile["head_warps"] + p
     return (k_bytes * Dk + v_bytes * Dv) / (Dk + Dv)
 
@@ -236,7 +241,7 @@ def collect(*, everything: bool = False) -> list[Fact]:
     used, why = resources()
     facts = []
     for one in build["instances"]:
-        key = Key(one["dtype"], one["Dk"], one["Dv"], one["head_tile"], one.get("loads", "cp.async"))
+        key = Key(one["dtype"], one["Dk"], one["Dv"], one["head_tile"], one.get("loads", "cp.async"), one["cache"])
         if not everything and (key.dtype != "bfloat16" or (key.Dk, key.Dv) not in DEFAULT_DIMS):
             continue
         facts += [
@@ -247,7 +252,7 @@ def collect(*, everything: bool = False) -> list[Fact]:
 
 
 def _fact(name: str, key: Key, gpu: Gpu, used: dict[tuple[str, Key], Resources], why: str | None) -> Fact:
-    tile = _core().tile_shape(key.Dk, key.Dv, key.head_tile, key.loads)
+    tile = _core().tile_shape(key.Dk, key.Dv, key.head_tile, key.loads, key.cache)
     planned = plan(key, gpu, B=_MANY_ROWS)
     slots, blocks = planned["num_slots"], planned["blocks_per_sm"]
     in_flight = bytes_in_flight(slots, tile["slot_bytes"], blocks)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nsa_sel.backends._request import DTYPES, FIELDS, LOADS
+from nsa_sel.backends._request import CACHES, DTYPES, FIELDS, LOADS
 from tests.host_run import build
 from tests.host_run.emulator import Emulator
 
@@ -79,14 +79,14 @@ def _request_fields(lib: Any) -> tuple[tuple[str, int], ...]:
     return tuple(found)
 
 
-def instances(kind: str = "hook", root: Path = ROOT) -> set[tuple[str, int, int, int, str]]:
-    """Return the compiled kernels as (dtype, Dk, Dv, head tile, loads)."""
+def instances(kind: str = "hook", root: Path = ROOT) -> set[tuple[str, int, int, int, str, str]]:
+    """Return the compiled kernels as (dtype, Dk, Dv, head tile, loads, cache)."""
     _, lib = library(kind, root)
     found = set()
     for i in range(lib.nsa_num_instances()):
-        key = (ctypes.c_int64 * 5)()
+        key = (ctypes.c_int64 * 6)()
         lib.nsa_instance(i, key)
-        found.add((DTYPES[key[0]], key[1], key[2], key[3], LOADS[key[4]]))
+        found.add((DTYPES[key[0]], key[1], key[2], key[3], LOADS[key[4]], CACHES[key[5]]))
     return found
 
 

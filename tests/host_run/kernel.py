@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from nsa_sel.backends import cuda
-from nsa_sel.backends._request import DTYPES, pack
+from nsa_sel.backends._request import DTYPES, cache_of, pack
 from nsa_sel.call import Call
 from nsa_sel.check import check
 from tests.host_run.abi import ROOT, Device, instances, library, plan_call
@@ -160,10 +160,11 @@ def describe(
     if why is not None:
         raise NotImplementedError(why)
     shape = (call.B, call.S, call.G, call.h)
-    out = call.out if call.out is not None else torch.empty((*shape, call.Dv), dtype=call.v.dtype)
+    out = call.out if call.out is not None else torch.empty((*shape, call.Dv), dtype=call.q.dtype)
     lse = torch.empty(shape, dtype=torch.float32) if call.return_lse else None
     read = {"q": call.q, "k": call.k, "v": call.v, "selection": call.selection, "counts": call.counts}
     read |= {"seq_lens": call.seq_lens, "block_table": call.block_table, "table_rows": call.table_rows}
+    read |= {"k_scale": call.k_scale, "v_scale": call.v_scale}
     buffers = {name: (t, False) for name, t in read.items() if t is not None} | {"out": (out, True)}
     if lse is not None:
         buffers["lse"] = (lse, True)
@@ -180,7 +181,8 @@ def prepare(*arguments: Any, options: Options | None = None, **keywords: Any) ->
     options = options or Options()
     described = describe(*arguments, loads=options.loads, **keywords)
     call, table = described.call, instances(options.kind, options.root)
-    if not any(i[:3] == (call.dtype, call.Dk, call.Dv) and call.h <= i[3] for i in table):
+    wanted = (call.dtype, call.Dk, call.Dv, cache_of(call))
+    if not any((*i[:3], i[5]) == wanted and call.h <= i[3] for i in table):
         raise NotImplementedError(f"no kernel compiled for {call.dtype} Dk={call.Dk} Dv={call.Dv} h={call.h}")
     _, lib = library(options.kind, options.root)
     plan = plan_call(lib, described.request, options.device)

@@ -59,6 +59,7 @@ void nsa_instance(int index, int64_t* out) {
   out[2] = key.Dv;
   out[3] = key.head_tile;
   out[4] = int64_t(key.loads);
+  out[5] = int64_t(key.cache);
 }
 
 // Member `index` of a DecodeRequest: its number of 64-bit values and its name, null behind the last.

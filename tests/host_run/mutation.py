@@ -29,10 +29,14 @@ class Scenario:
     empty: tuple[int, ...] = ()  # requests that see no token
     page_size: int = 0
     loads: str = "cp.async"
+    float8: bool = False  # K and V, with a scale a token; q in fp16
 
     def run(self, schedule: int, drop: tuple[str, str, int] | None = None, trace: bool = False) -> HostRun:
         """Run with one synchronisation left out."""
         q, k, v, keywords = self._inputs()
+        if self.float8:
+            q, k, v = q.half(), k.to(torch.float8_e4m3fn), v.to(torch.float8_e4m3fn)
+            keywords |= {"k_scale": torch.rand(k.shape[:3]), "v_scale": torch.rand(v.shape[:3])}
         options = Options(drop=drop, device=self.device, trace=trace, loads=self.loads)
         keywords |= {"num_splits": self.num_splits, "schedule": schedule, "options": options}
         return selection_attention(q, k, v, return_lse=True, **keywords)
@@ -79,6 +83,7 @@ SCENARIOS = (
         loads="bulk",
     ),
     Scenario("bulk-cluster", h=16, dims=(192, 128), B=1, spans=(80, 90), device=H200, num_splits=2, loads="bulk"),
+    Scenario("float8", h=16, dims=(192, 128), B=5, spans=(100, 70, 130), device=A100, num_splits=1, float8=True),
     Scenario(
         "short-rows", h=3, dims=(64, 64), B=9, spans=(5, 9), device=A100, num_splits=1, page_size=16, empty=(0, 2, 4, 6)
     ),

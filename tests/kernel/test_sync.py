@@ -48,4 +48,6 @@ def test_host_run_holds_the_instances_of_the_build() -> None:
     compiled = nsa_sel.build_info()["instances"]
     if not compiled:
         pytest.skip(f"this build has no kernels: {nsa_sel.build_info()['reason']}")
-    assert {(i["dtype"], i["Dk"], i["Dv"], i["head_tile"], i["loads"]) for i in compiled} == host_run.instances()
+    assert {
+        tuple(i[name] for name in ("dtype", "Dk", "Dv", "head_tile", "loads", "cache")) for i in compiled
+    } == host_run.instances()

@@ -82,7 +82,9 @@ def test_every_kernel_is_there_once_per_architecture_and_none_uses_the_stack() -
             assert "STACK:0 " in line, f"sm_{architecture}: {line.strip()}"  # spills show here, not in LOCAL
             assert "LOCAL:0 " in line, f"sm_{architecture}: {line.strip()}"
     assert functions == (len(BUILD["instances"]) + 2) * len(BUILD["architectures"])  # and combine for two dtypes
-    expected = Counter(Key(i["dtype"], i["Dk"], i["Dv"], i["head_tile"], i["loads"]) for i in BUILD["instances"])
+    expected = Counter(
+        Key(*(i[name] for name in ("dtype", "Dk", "Dv", "head_tile", "loads", "cache"))) for i in BUILD["instances"]
+    )
     assert {name: Counter(found) for name, found in kernels.items()} == dict.fromkeys(BUILD["architectures"], expected)
 
 

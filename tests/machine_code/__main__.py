@@ -25,10 +25,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cubin", type=Path, help="machine code of one decode kernel, in place of this checkout's")
     parser.add_argument("--functions", action="store_true", help="every source function of one whole row, not stages")
     parser.add_argument("--bandwidth", action="store_true", help="shares of the memory bandwidth, by batch and GPU")
+    parser.add_argument("--float8", action="store_true", help="stages and shares with a float8 cache")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     arguments = parser.parse_args(argv)
     if arguments.bandwidth:
-        bandwidth.main()
+        bandwidth.main(arguments.float8)
         return
     archs = arguments.arch or ["sm_90", "sm_80"]
     found = {}
@@ -36,9 +37,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         if arguments.functions:
             functions(arch, arguments.cubin)
             continue
-        found[arch] = {name: round(value, 1) for name, value in clock.measure(arch, arguments.cubin).items()}
+        found[arch] = {
+            name: round(value, 1) for name, value in clock.measure(arch, arguments.cubin, arguments.float8).items()
+        }
     if found:
-        print("model, clocks: NSA shape (192/128), h = 16, bf16, blocks of 64")
+        print(
+            "model, clocks: NSA shape (192/128), h = 16, bf16, blocks of 64"
+            + (", float8 cache" if arguments.float8 else "")
+        )
         print(f"{'stage':<16}" + "".join(f"{arch:>10}" for arch in found))
         for key in clock.KEYS:
             print(f"{key:<16}" + "".join(f"{figures[key]:>10.0f}" for figures in found.values()))

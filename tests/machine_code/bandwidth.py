@@ -36,10 +36,11 @@ class Shape:
     Dv: int
     block_size: int
     L: int
+    float8: bool = False
 
     def bytes_per_row(self) -> int:
         """Of K and V."""
-        return self.L * (self.Dk + self.Dv) * 2
+        return self.L * (self.Dk + self.Dv) * (1 if self.float8 else 2)
 
 
 SHAPES = (Shape("NSA", 4, 16, 192, 128, 64, 1024), Shape("M3", 4, 16, 128, 128, 128, 2048))
@@ -51,6 +52,8 @@ def share(shape: Shape, B: int, gpu: Gpu) -> float:
     S_kv, n = 8192, shape.L // shape.block_size
     q = torch.randn(B, 1, shape.G, shape.h, shape.Dk).bfloat16()
     k, v = (torch.randn(1, 1, S_kv, D).bfloat16().expand(B, shape.G, -1, -1) for D in (shape.Dk, shape.Dv))
+    if shape.float8:
+        k, v = (x[:1, :1].to(torch.float8_e4m3fn).expand(B, shape.G, -1, -1) for x in (k, v))
     blocks = torch.rand(B, 1, shape.G, S_kv // shape.block_size).argsort(-1)[..., :n].int()
     device = Device(gpu.sm_count, gpu.capability, gpu.smem_per_block, gpu.smem_per_sm)
     per_clock = gpu.bandwidth / gpu.clock
@@ -69,14 +72,14 @@ def _combine(arch: str) -> float:
     return run.combine.end if run.combine else 0.0
 
 
-def main() -> None:
-    """Print the page, and its figures as one line of JSON."""
+def main(float8: bool = False) -> None:
+    """Print the page, and its figures as one line of JSON; `float8`: K and V of one byte an element."""
     print("model: share of the memory bandwidth (K and V bytes / bandwidth / the model's time)")
     figures: dict[str, dict[str, dict[int, float]]] = {}
     for gpu in MODELLED:
         print(f"\n{gpu.name}, {gpu.bandwidth / 1e12:.2f} TB/s ({gpu.source})")
         print(f"{'shape':<8}" + "".join(f"{f'B={B}':>8}" for B in BATCHES))
-        for shape in SHAPES:
+        for shape in (replace(s, float8=float8) for s in SHAPES):
             row = {B: round(share(shape, B, gpu), 3) for B in BATCHES}
             figures.setdefault(gpu.name, {})[shape.name] = row
             print(f"{shape.name:<8}" + "".join(f"{value:>8.0%}" for value in row.values()), flush=True)

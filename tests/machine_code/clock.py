@@ -45,6 +45,7 @@ class Problem:
     Dv: int = 128
     h: int = 16
     S_kv: int = 8192
+    float8: bool = False  # K and V, with a scale a group
 
     def run(self, cubin: Path | None = None) -> Run:
         """Run it on the machine; `cubin` holds the decode kernel to take in place of this checkout's."""
@@ -54,6 +55,9 @@ class Problem:
         k, v = (torch.randn(1, G, self.S_kv, D).bfloat16() for D in (self.Dk, self.Dv))
         blocks = torch.stack([torch.randperm(self.S_kv // 64)[:n] for _ in range(G)]).view(1, 1, G, n).int()
         keywords = {}
+        if self.float8:
+            k, v = k.to(torch.float8_e4m3fn), v.to(torch.float8_e4m3fn)
+            keywords |= {"k_scale": torch.rand(G), "v_scale": torch.rand(G)}
 
         def programs(kernel: str, arch: str) -> Program:
             return code.with_lines(kernel, arch, cubin if "decode" in kernel else None)
@@ -87,19 +91,19 @@ def tiles(tokens: int, rows: int) -> int:
     return sum(-(-min(segment, tokens - first) // rows) for first in range(0, tokens, segment))
 
 
-def measure(arch: str, cubin: Path | None = None) -> dict[str, float]:
+def measure(arch: str, cubin: Path | None = None, float8: bool = False) -> dict[str, float]:
     """Return the model's clocks of every stage on one instruction set, by the names in `KEYS`.
 
     Stages are a warp's own, alone on its SM (no other warp takes slots or ports), everything in L2. `first_byte` and
     `chain_b1` have all warps; the chain finds K and V in DRAM.
     """
-    alone = Problem(arch=arch, model=Model(contention=False))
+    alone = Problem(arch=arch, model=Model(contention=False), float8=float8)
     row, paged = alone.run(cubin), replace(alone, page_size=64).run(cubin)
     segments = -(-alone.tokens // SEGMENT[16])
     maps = -(-alone.tokens // 32)
-    warm = Problem(arch=arch).run(cubin)
-    chain = Problem(arch=arch, rows=4, num_splits=0, model=Model(cold=1)).run(cubin)
-    split = Problem(arch=arch, num_splits=8, batch_invariant=True).run(cubin)
+    warm = Problem(arch=arch, float8=float8).run(cubin)
+    chain = Problem(arch=arch, rows=4, num_splits=0, model=Model(cold=1), float8=float8).run(cubin)
+    split = Problem(arch=arch, num_splits=8, batch_invariant=True, float8=float8).run(cubin)
     combine = split.combine.end if split.combine else 0
     merge = combine  # where there are no clusters, the second kernel merges
     if chain.plan["cluster"] > 1:

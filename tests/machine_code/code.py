@@ -14,7 +14,9 @@ from tests.host_run import build
 from tests.machine_code import listing
 from tests.machine_code.native import ROOT, Program
 
-_DECODE = re.compile(r"nsa_sel_decode_(?P<dtype>\w+?)_(?P<Dk>\d+)x(?P<Dv>\d+)_h(?P<tile>\d+)(?P<bulk>_bulk)?")
+_DECODE = re.compile(
+    r"nsa_sel_decode_(?P<dtype>\w+?)_(?P<Dk>\d+)x(?P<Dv>\d+)_h(?P<tile>\d+)(?P<bulk>_bulk)?(?P<float8>_float8)?"
+)
 _COMBINE = re.compile(r"nsa_sel_combine_(?P<dtype>\w+)")
 _DTYPES = {"float16": ("kFloat16", "__half"), "bfloat16": ("kBfloat16", "__nv_bfloat16")}
 
@@ -63,7 +65,8 @@ def _compiler() -> list[str]:
 def _source(kernel: str) -> str:
     if found := _DECODE.fullmatch(kernel):
         dims = f"{found['Dk']}, {found['Dv']}, {found['tile']}"
-        body = f"NSA_SEL_DECODE({_DTYPES[found['dtype']][0]}, {dims}, {'kBulk' if found['bulk'] else 'kCpAsync'})"
+        loads, cache = "kBulk" if found["bulk"] else "kCpAsync", "kFloat8E4m3" if found["float8"] else "kSame"
+        body = f"NSA_SEL_DECODE({_DTYPES[found['dtype']][0]}, {dims}, {loads}, {cache})"
     elif found := _COMBINE.fullmatch(kernel):
         call = f"{{ combine_kernel<{_DTYPES[found['dtype']][1]}>(p); }}"
         body = f"NSA_SEL_KERNEL({kernel}, CombineParams, kCombineThreads, 1) {call}"

@@ -33,15 +33,14 @@ def limits(call: Call, device: DeviceInfo | None) -> str | None:
         return f"tensors on {call.device_type}"
     if call.dtype not in _request.DTYPES:
         return f"no kernel takes {call.dtype}"
-    if call.fp8:
-        return f"no kernel takes {call.kv_dtype} caches"
     if call.requires_grad:
         return "gradients required"
     build = _build.routing_build()
     if not build.kernels:
         return _no_kernels(build)
-    if build.instance_for(call.dtype, call.Dk, call.Dv, call.h) is None:
-        found = f"{call.dtype} Dk={call.Dk} Dv={call.Dv} h={call.h}"
+    if _instance(call) is None:
+        cache = _request.cache_of(call)
+        found = f"{call.dtype} Dk={call.Dk} Dv={call.Dv} h={call.h}" + (f" {cache} cache" if cache != "same" else "")
         return f"no kernel compiled for {found} (its dims are multiples of 64; build_info() lists them)"
     return _no_image(build, device) or kernel_limits(call) or _driver_bar(call)
 
@@ -83,9 +82,13 @@ def kernel_limits(call: Call) -> str | None:
     return call.misaligned() or call.unreadable()
 
 
+def _instance(call: Call) -> _build.Instance | None:
+    return _build.routing_build().instance_for(call.dtype, call.Dk, call.Dv, call.h, _request.cache_of(call))
+
+
 def kernel_name(call: Call) -> str:
     """Return the name of the instance that runs a call which `limits` has nothing against."""
-    instance = _build.routing_build().instance_for(call.dtype, call.Dk, call.Dv, call.h)
+    instance = _instance(call)
     return "" if instance is None else instance.name
 
 

@@ -92,7 +92,7 @@ void report_lost_copies(Block& block) {
   }
 }
 
-void cp_async_16(void* dst, const void* src, bool valid, Site where) {
+void cp_async(void* dst, const void* src, int bytes, bool valid, Site where) {
   Thread& self = current();
   const SiteId site = intern(where);
   const int column = column_for_copies(self, site);
@@ -101,20 +101,21 @@ void cp_async_16(void* dst, const void* src, bool valid, Site where) {
     return;
   }
   SharedPlace place;
-  if (!shared_async_write(self, dst, 16, column, self.copy_batch, false, site, &place)) return;
+  if (!shared_async_write(self, dst, bytes, column, self.copy_batch, false, site, &place)) return;
   uint64_t address = kNoAddress;
   if (valid) {
-    address = global_read(self, src, 16, site);
+    address = global_read(self, src, bytes, site);
     if (address == kNoAddress) return;
   }
-  note(self, kLdgsts, site, address, 16);
-  note(self, kLdgstsStore, site, place.offset, 16);
+  note(self, kLdgsts, site, address, bytes);
+  note(self, kLdgstsStore, site, place.offset, bytes);
   self.last_copy_site = site;
-  const AsyncCopy copy{static_cast<char*>(dst), valid ? static_cast<const char*>(src) : nullptr, 16, self.copy_batch};
+  const AsyncCopy copy{static_cast<char*>(dst), valid ? static_cast<const char*>(src) : nullptr, uint32_t(bytes),
+                       self.copy_batch};
   if (lands_now()) {
     land(copy);
   } else {
-    memset(dst, 0xff, 16);
+    memset(dst, 0xff, size_t(bytes));
     self.copies.push_back(copy);
   }
 }

@@ -47,7 +47,7 @@ uint32_t movmatrix_trans(uint32_t value, Site site);
 void mma_m16n8k16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, bool bfloat16, Site site);
 
 // ---- Asynchronous copies and mbarriers ------------------------------------------------------------------------------
-void cp_async_16(void* dst, const void* src, bool valid, Site site);
+void cp_async(void* dst, const void* src, int bytes, bool valid, Site site);
 void cp_async_arrive(uint64_t* barrier, Site site);
 void cp_async_wait_all(Site site);
 void mbarrier_init(uint64_t* barrier, uint32_t count, Site site);

@@ -99,6 +99,15 @@ inline unsigned __reduce_or_sync(unsigned mask, unsigned value,
   return value;
 }
 
+inline unsigned __reduce_max_sync(unsigned mask, unsigned value,
+                                  ::nsa_sel::emu::Site site = ::nsa_sel::emu::Site::here()) {
+  for (int step = 16; step > 0; step /= 2) {
+    const unsigned other = __shfl_xor_sync(mask, value, step, 32, site);
+    value = value < other ? other : value;
+  }
+  return value;
+}
+
 inline unsigned atomicAdd(unsigned* p, unsigned v, ::nsa_sel::emu::Site site = ::nsa_sel::emu::Site::here()) {
   return unsigned(::nsa_sel::emu::atomic(::nsa_sel::emu::Atomic::kAdd32, p, v, 0, site));
 }
@@ -206,12 +215,15 @@ inline void store(T* p, const T& value, Site site = Site::here()) {
 }
 
 inline void cp_async_16(void* dst, const void* src, bool valid, Site site = Site::here()) {
-  emu::cp_async_16(dst, src, valid, site);
+  emu::cp_async(dst, src, 16, valid, site);
+}
+inline void cp_async_4(void* dst, const void* src, bool valid, Site site = Site::here()) {
+  emu::cp_async(dst, src, 4, valid, site);
 }
 template <int kDstOffset, int kSrcOffset>
 inline void cp_async_16_at(void* dst, const void* src, bool valid, Site site = Site::here()) {
-  emu::cp_async_16(static_cast<unsigned char*>(dst) + kDstOffset, static_cast<const unsigned char*>(src) + kSrcOffset,
-                   valid, site);
+  emu::cp_async(static_cast<unsigned char*>(dst) + kDstOffset, static_cast<const unsigned char*>(src) + kSrcOffset, 16,
+                valid, site);
 }
 inline void cp_async_arrive(uint64_t* barrier, Site site = Site::here()) { emu::cp_async_arrive(barrier, site); }
 inline void cp_async_wait_all(Site site = Site::here()) { emu::cp_async_wait_all(site); }
@@ -246,6 +258,28 @@ inline void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uin
   emu::mma_m16n8k16(d, a, b0, b1, std::is_same_v<T, __nv_bfloat16>, site);
 }
 inline uint32_t movmatrix_trans(uint32_t value, Site site = Site::here()) { return emu::movmatrix_trans(value, site); }
+
+// A float8_e4m3fn code by the format's definition: 4 exponent bits of bias 7, 3 mantissa bits, no infinity, NaN in the
+// last code of each sign.
+inline float e4m3_value(unsigned code) {
+  const int exponent = int(code >> 3 & 15), mantissa = int(code & 7);
+  const float magnitude = (code & 0x7f) == 0x7f ? std::nanf("")
+                          : exponent == 0       ? std::ldexp(float(mantissa), -9)
+                                                : std::ldexp(float(8 + mantissa), exponent - 10);
+  return code & 0x80 ? -magnitude : magnitude;
+}
+template <class T>
+uint32_t pack2(float low, float high);  // of primitives.cuh
+template <class T>
+inline void widen_low_high(uint32_t codes, uint32_t& low, uint32_t& high) {
+  low = pack2<T>(e4m3_value(codes & 0xff), e4m3_value(codes >> 8 & 0xff));
+  high = pack2<T>(e4m3_value(codes >> 16 & 0xff), e4m3_value(codes >> 24));
+}
+template <class T>
+inline void widen_even_odd(uint32_t codes, uint32_t& even, uint32_t& odd) {
+  even = pack2<T>(e4m3_value(codes & 0xff), e4m3_value(codes >> 16 & 0xff));
+  odd = pack2<T>(e4m3_value(codes >> 8 & 0xff), e4m3_value(codes >> 24));
+}
 
 inline float exp2_approx(float x) {
   const float y = std::exp2(x);

@@ -192,7 +192,7 @@ bool shared_write(Thread& thread, const void* p, int bytes, SiteId site, SharedP
 
 bool shared_async_write(Thread& thread, const void* p, int bytes, int column, uint32_t clock, bool bulk, SiteId site,
                         SharedPlace* place) {
-  *place = find_shared(p, 16, true, site);
+  *place = find_shared(p, bytes < 16 ? bytes : 16, true, site);
   if (!place->block) return false;
   if (!engine.settings.check) return true;
   Block& block = *place->block;

@@ -72,6 +72,12 @@ bool Decoder::next_is_register() const {
          operands_[at_].find('R') != std::string::npos;
 }
 
+bool Decoder::take(const char* suffix) {
+  if (!more() || operands_[at_].find(suffix) == std::string::npos) return false;
+  erase(operands_[at_], suffix);
+  return true;
+}
+
 std::string Decoder::text() {
   if (!more()) throw Unknown("too few operands");
   return operands_[at_++];

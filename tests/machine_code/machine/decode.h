@@ -64,6 +64,7 @@ class Decoder {
   bool more() const { return at_ < operands_.size(); }
   bool next_is_predicate() const;
   bool next_is_register() const;
+  bool take(const char* suffix);  // off the next operand; whether it had it
   std::string text();
   uint32_t number();
   int bytes() const;  // that a lane loads or stores

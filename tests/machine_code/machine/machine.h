@@ -126,6 +126,7 @@ struct Warp {
   struct Hazard {
     Mask lanes = 0;
     int8_t scoreboard = -1, other = -1;  // either frees it: what has arrived has been asked for with all its operands
+    bool queued = false;                 // by loads of shared memory alone
   };
   std::array<Hazard, kNames> arriving{}, in_use{};
   std::array<std::vector<uint16_t>, 6> guarded;

@@ -172,9 +172,30 @@ float from_half(uint32_t bits) {
   return float(half);
 }
 
-const Opcode f2fp({"F2FP"}, {"BF16", "F16", "F32", "PACK_AB"}, [](Decoder& x) -> Execute {
+float from_bf16(uint32_t bits) { return as_float(bits << 16); }
+
+// float8_e4m3fn: 4 exponent bits of bias 7, 3 mantissa bits, no infinity, NaN in the last code of each sign.
+float from_e4m3(uint32_t code) {
+  const int exponent = int(code >> 3 & 15), mantissa = int(code & 7);
+  if (exponent == 15 && mantissa == 7) return as_float(0x7fffffff);
+  const float magnitude =
+      exponent == 0 ? std::ldexp(float(mantissa), -9) : std::ldexp(float(8 + mantissa), exponent - 10);
+  return code & 0x80 ? -magnitude : magnitude;
+}
+
+// Two floats to a register of two 16-bit values; two e4m3 codes, of the source's low half or (.H1) its high one, to
+// FP16.
+const Opcode f2fp({"F2FP"}, {"BF16", "F16", "F32", "PACK_AB", "E4M3", "UNPACK_B"}, [](Decoder& x) -> Execute {
   const bool bf16 = x.has("BF16");
   const Target d = x.target();
+  if (x.has("E4M3")) {
+    if (bf16 || !x.has("UNPACK_B")) throw Unknown("form of F2FP.E4M3");
+    const int shift = x.take(".H1") ? 16 : 0;
+    return map1(d, x.source(), [=](uint32_t codes) {
+      const float low = from_e4m3(codes >> shift & 0xff), high = from_e4m3(codes >> (shift + 8) & 0xff);
+      return to_half(high) << 16 | to_half(low);
+    });
+  }
   const Source a = x.float_source();
   return map2(d, a, x.float_source(), [=](uint32_t high, uint32_t low) {
     return bf16 ? to_bf16(as_float(high)) << 16 | to_bf16(as_float(low))
@@ -182,17 +203,53 @@ const Opcode f2fp({"F2FP"}, {"BF16", "F16", "F32", "PACK_AB"}, [](Decoder& x) ->
   });
 });
 
-// ptxas writes constants as 0 * 0 + two half-precision numbers; other forms of HFMA2 are unknown.
-const Opcode hfma2({"HFMA2"}, {"MMA"}, [](Decoder& x) -> Execute {
+// Pairs of 16-bit numbers. A constant stands as two numbers, the high half's first.
+Source pair_source(Decoder& x, bool bf16) {
+  if (x.next_is_register()) return x.source();
+  const float high = std::stof(x.text()), low = std::stof(x.text());
+  Source s;
+  s.value = bf16 ? to_bf16(high) << 16 | to_bf16(low) : to_half(high) << 16 | to_half(low);
+  return s;
+}
+
+const Opcode hfma2({"HFMA2"}, {"MMA", "BF16_V2"}, [](Decoder& x) -> Execute {
+  const bool bf16 = x.has("BF16_V2");
   const Target d = x.target();
-  if (x.text() != "-RZ" || x.text() != "RZ") throw Unknown("HFMA2 of registers");
-  const uint32_t high = to_half(std::stof(x.text())), low = to_half(std::stof(x.text()));
-  const uint32_t value = high << 16 | low;
-  return [=](Warp& w, Mask m) {
-    Lanes r;
-    for (int i = 0; i < 32; ++i) r[i] = value;
-    d.put(w, r, m);
-  };
+  const bool constant = x.take("-RZ");  // how ptxas writes a constant: -0 * 0 + it
+  if (constant) x.text();
+  const Source a = constant ? Source{} : pair_source(x, bf16), b = pair_source(x, bf16), c = pair_source(x, bf16);
+  if (a.negate || b.negate || c.negate) throw Unknown("signs of HFMA2");
+  return map3(d, a, b, c, [=](uint32_t p, uint32_t q, uint32_t r) {
+    uint32_t result = 0;
+    for (int shift = 0; shift < 32; shift += 16) {
+      const auto half = [&](uint32_t word) {
+        const uint32_t bits = word >> shift & 0xffff;
+        return double(bf16 ? from_bf16(bits) : from_half(bits));
+      };
+      const auto sum = float(half(p) * half(q) + half(r));  // products of the kernel's constants are exact
+      result |= (std::isnan(sum) ? 0x7fff : bf16 ? to_bf16(sum) : to_half(sum)) << shift;
+    }
+    return result;
+  });
+});
+
+// All ones where a half of FP16 is greater than the other, zeros elsewhere.
+const Opcode hset2({"HSET2"}, {"GT", "AND"}, [](Decoder& x) -> Execute {
+  const Target d = x.target();
+  const Source a = pair_source(x, false), b = pair_source(x, false);
+  if (x.text() != "PT" || a.negate || b.negate) throw Unknown("form of HSET2");
+  return map2(d, a, b, [](uint32_t p, uint32_t q) {
+    return (from_half(p >> 16) > from_half(q >> 16) ? 0xffff0000u : 0) | (from_half(p) > from_half(q) ? 0xffffu : 0);
+  });
+});
+
+// FP16 to FP32, as a sum with -0.
+const Opcode hadd2({"HADD2"}, {"F32"}, [](Decoder& x) -> Execute {
+  const Target d = x.target();
+  if (!x.has("F32") || x.text() != "-RZ") throw Unknown("form of HADD2");
+  const bool high = x.take(".H1_H1");
+  if (!high && !x.take(".H0_H0")) throw Unknown("half of HADD2");
+  return map1(d, x.source(), [=](uint32_t p) { return as_bits(from_half(high ? p >> 16 : p)); });
 });
 
 // D[16 x 8] = A[16 x 16] B[16 x 8] + C, fragments as in the PTX manual (mma.m16n8k16): lane = 4 * row + column pair.

@@ -8,9 +8,23 @@ namespace {
 
 int32_t signed32(uint32_t x) { return int32_t(x); }
 
-const Opcode mov({"MOV", "R2UR"}, {}, [](Decoder& x) -> Execute {
+const Opcode mov({"MOV"}, {}, [](Decoder& x) -> Execute {
   const Target d = x.target();
   return map1(d, x.source(), [](uint32_t a) { return a; });
+});
+
+// One lane's value for all. The form with a predicate is for loops over the lanes: true where the value is another one.
+const Opcode r2ur({"R2UR"}, {}, [](Decoder& x) -> Execute {
+  const auto others = x.predicate_targets();
+  const Target d = x.target();
+  const Source a = x.source();
+  return [=](Warp& w, Mask m) {
+    const Lanes r = a(w);
+    Mask differs = 0;
+    for (int i = 0; i < 32; ++i) differs |= Mask(r[i] != r[first_lane(m)]) << i;
+    d.put(w, r, m);
+    for (const PredicateTarget& p : others) p.put(w, differs, m);
+  };
 });
 
 // Sums with carries: every predicate behind the target is a carry out, every one behind the terms a carry in.

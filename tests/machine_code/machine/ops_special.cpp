@@ -1,4 +1,5 @@
 // ops_special.cpp - predicates as bits, votes, special registers and constants.
+#include <algorithm>
 #include <map>
 
 #include "decode.h"
@@ -58,15 +59,15 @@ Execute vote(Decoder& x) {
 const Opcode votes({"VOTE", "VOTEU"}, {"ANY", "ALL"}, vote);
 
 // One value of all active lanes, in a uniform register.
-const Opcode redux({"REDUX"}, {"OR", "SUM"}, [](Decoder& x) -> Execute {
+const Opcode redux({"REDUX"}, {"OR", "SUM", "MAX"}, [](Decoder& x) -> Execute {
   const Target d = x.target();
   const Source a = x.source();
-  const bool sum = x.has("SUM");
+  const bool sum = x.has("SUM"), most = x.has("MAX");  // MAX: unsigned
   return [=](Warp& w, Mask m) {
     const Lanes values = a(w);
     uint32_t total = 0;
     for (int i = 0; i < 32; ++i) {
-      if (m >> i & 1) total = sum ? total + values[i] : total | values[i];
+      if (m >> i & 1) total = sum ? total + values[i] : most ? std::max(total, values[i]) : total | values[i];
     }
     Lanes r;
     for (int i = 0; i < 32; ++i) r[i] = total;

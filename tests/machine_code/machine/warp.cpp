@@ -118,6 +118,10 @@ void Warp::wait_for(int scoreboards) {
   }
 }
 
+// Loads of shared memory read and write their registers in order, and ptxas lets a later one overwrite an earlier one's
+// address without waiting.
+static bool queues(const Instruction& x) { return x.name == "LDS" || x.name == "LDSM"; }
+
 void Warp::check_hazards(const Instruction& x, Mask m) {
   for (const uint16_t n : x.sources) {
     if (arriving[n].lanes & m)
@@ -125,7 +129,8 @@ void Warp::check_hazards(const Instruction& x, Mask m) {
   }
   for (const uint16_t n : x.destinations) {
     if (arriving[n].lanes & m) fault("writes a register (number " + std::to_string(n) + ") whose value is under way");
-    if (in_use[n].lanes & m) fault("writes a register (number " + std::to_string(n) + ") that is still being read");
+    if ((in_use[n].lanes & m) && !(in_use[n].queued && queues(x)))
+      fault("writes a register (number " + std::to_string(n) + ") that is still being read");
   }
 }
 
@@ -137,6 +142,7 @@ void Warp::note_hazards(const Instruction& x, Mask m) {
   }
   for (const uint16_t n : x.sources) {
     if (x.reads >= 6 || n >= kUniform) continue;  // uniform registers and predicates are read at once
+    in_use[n].queued = queues(x) && (in_use[n].lanes == 0 || in_use[n].queued);
     in_use[n].lanes |= m, in_use[n].scoreboard = int8_t(x.reads),
                           in_use[n].other = int8_t(x.writes < 6 ? x.writes : -1);
     guarded[size_t(x.reads)].push_back(n);
