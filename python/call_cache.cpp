@@ -45,6 +45,8 @@ constexpr Place kPlaces[] = {
     {"seq_lens", offsetof(DecodeParams, seq_lens)},
     {"block_table", offsetof(DecodeParams, block_table)},
     {"table_rows", offsetof(DecodeParams, table_rows)},
+    {"k_scale", offsetof(DecodeParams, k_scale.values)},
+    {"v_scale", offsetof(DecodeParams, v_scale.values)},
 };
 constexpr ptrdiff_t kNowhere = -1;
 

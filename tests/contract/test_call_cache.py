@@ -138,6 +138,50 @@ def test_another_signature_goes_the_long_way_once(name: str, watch: Watch) -> No
     assert watch.served(**base)
 
 
+def float8(**changes: Any) -> dict[str, Any]:
+    pool = torch.zeros(4, 4, 128, 128).to(torch.float8_e4m3fn)
+    return call(k=pool, v=pool) | changes
+
+
+SCALES: dict[str, Callable[[], Any]] = {
+    "none": lambda: None, "number": lambda: 0.5, "other number": lambda: 0.25, "element": lambda: torch.ones(1),
+    "group": lambda: torch.ones(4), "token": lambda: torch.ones(4, 4, 128),
+    "token, strided": lambda: torch.ones(4, 4, 256)[..., ::2],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["k_scale", "v_scale"])
+def test_scales_are_part_of_the_signature_and_come_with_their_own_addresses(name: str, watch: Watch) -> None:
+    nsa_sel.selection_attention(**call())
+    for kind, make in SCALES.items():
+        first, second = make(), make()
+        assert not watch.served(**float8(**{name: first})), kind
+        assert watch.served(**float8(**{name: second})), kind
+        if isinstance(second, torch.Tensor):
+            assert struct.pack("q", second.data_ptr()) in watch.launches[-1], kind
+            assert struct.pack("q", first.data_ptr()) not in watch.launches[-1], kind
+    assert watch.served(**call())
+    both = float8(k_scale=torch.ones(4), v_scale=torch.ones(1))
+    assert not watch.served(**both)
+    assert watch.served(**both)
+    swapped = both | {"k_scale": both["v_scale"], "v_scale": both["k_scale"]}
+    assert not watch.served(**swapped)
+    assert set(nsa_sel.stats()) == {"cuda"}
+
+
+@pytest.mark.parametrize("name", ["k_scale", "v_scale"])
+def test_a_scale_that_is_not_plain_is_never_served(name: str, watch: Watch) -> None:
+    out = torch.empty(8, 1, 4, 16, 128, dtype=torch.bfloat16)
+    base = float8(out=out, **{name: torch.ones(4)})
+    nsa_sel.selection_attention(**base)
+    assert watch.served(**base)
+    assert not watch.served(**base | {name: torch._neg_view(base[name])})
+    with pytest.raises(nsa_sel.AutogradError, match=f"{name}: expected no gradient"):
+        nsa_sel.selection_attention(**base | {name: base[name].clone().requires_grad_()})
+    with pytest.raises(nsa_sel.ArgumentError, match=f"out: expected memory of its own, got some that is {name}'s"):
+        nsa_sel.selection_attention(**base | {name: out.flatten()[:8].view(torch.float32)})
+
+
 class Subclass(torch.Tensor):
     pass
 
