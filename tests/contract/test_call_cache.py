@@ -34,7 +34,7 @@ class Watch:
     def _launch(self, launch: int, device: int, stream: int | None) -> int:
         if self.on_the_long_way:
             return 0
-        self.launches.append(ctypes.string_at(launch, 512))
+        self.launches.append(ctypes.string_at(launch, 640))  # a DecodeLaunch up to the last of its decode parameters
         return self.code
 
     def served(self, **call: Any) -> bool:
