@@ -36,7 +36,8 @@ class Scenario:
         q, k, v, keywords = self._inputs()
         if self.float8:
             q, k, v = q.half(), k.to(torch.float8_e4m3fn), v.to(torch.float8_e4m3fn)
-            keywords |= {"k_scale": torch.rand(k.shape[:3]), "v_scale": torch.rand(v.shape[:3])}
+            k_scale, v_scale = torch.rand(2, *k.shape[:3], generator=torch.Generator().manual_seed(8))
+            keywords |= {"k_scale": k_scale, "v_scale": v_scale}
         options = Options(drop=drop, device=self.device, trace=trace, loads=self.loads)
         keywords |= {"num_splits": self.num_splits, "schedule": schedule, "options": options}
         return selection_attention(q, k, v, return_lse=True, **keywords)
