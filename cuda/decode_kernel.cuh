@@ -8,7 +8,7 @@
 // item depend on free map slots alone (its Q comes behind its first map), tiles on maps and free slots, and consumers
 // free both in order.
 #pragma once
-#include "consumer.cuh"
+#include "consumer_output.cuh"
 #include "loader.cuh"
 #include "mapper.cuh"
 #include "merge.cuh"
